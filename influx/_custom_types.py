@@ -1,0 +1,24 @@
+"""Shape vocabulary used in every annotation.
+
+n training points, m queries, k vectors or retrained models, c components of a vector
+measurement, C classes, K outputs of a model on one input, P parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array, Float, Int, PyTree
+
+Model = PyTree[Any]
+"""Any Equinox model: its inexact array leaves are parameters, every other leaf is a constant."""
+
+Example = PyTree[Array]
+"""One (input, target) pair: the data with the leading axis indexed away."""
+
+Scores = Float[Array, "..."]
+"""Influence values: [m, n], or [m, c, n] for vector measurements."""
+
+Where = Callable[[Any], Any]
+"""Selects part of a model, as in `equinox.tree_at`."""
+
+Indices = Int[Array, " k"]

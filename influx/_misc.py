@@ -1,0 +1,98 @@
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from ._custom_types import Model
+
+# Temporaries of one chunk are kept near this size. Results do not depend on it (a law under test).
+BYTE_BUDGET = 256 * 2**20
+
+
+def ravel(model: Model):
+    """The parameters of `model` as one vector, and the map from a vector back to a model.
+
+    **Returns:** `(theta, rebuild)`, `theta` of shape [P], `rebuild(theta)` a model like `model`.
+    """
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    theta, unravel = ravel_pytree(params)
+    return theta, lambda vector: eqx.combine(unravel(vector), static)
+
+
+def ravel_gradient(tree: PyTree) -> Float[Array, " P"]:
+    """A gradient (a model-shaped pytree, `None` where not differentiated) as one vector [P]."""
+    return ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
+
+
+def is_concrete(tree: PyTree) -> bool:
+    """Whether every array of `tree` holds values, so that they may be inspected."""
+    return not any(isinstance(x, jax.core.Tracer) for x in jtu.tree_leaves(tree))
+
+
+def leading_length(tree: PyTree) -> int:
+    return jtu.tree_leaves(tree)[0].shape[0]
+
+
+def take(tree: PyTree, indices) -> PyTree:
+    return jtu.tree_map(lambda x: x[indices], tree)
+
+
+def chunk_length(row_items: int, dtype, chunk_size: int | None = None) -> int:
+    """How many rows of `row_items` numbers fit into the byte budget (at least one)."""
+    if chunk_size is not None:
+        if chunk_size < 1:
+            raise ValueError(
+                f"`chunk_size` must be at least 1, got {chunk_size}. Use None to choose."
+            )
+        return chunk_size
+    return max(1, int(BYTE_BUDGET // (max(1, row_items) * jnp.dtype(dtype).itemsize)))
+
+
+def chunked_map(fn, xs: PyTree, chunk: int) -> PyTree:
+    """`jax.vmap(fn)(xs)`, `chunk` rows at a time: the same result in less memory."""
+    if chunk >= leading_length(xs):
+        return jax.vmap(fn)(xs)
+    return jax.lax.map(fn, xs, batch_size=chunk)
+
+
+def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
+    """`sum(fn(block) for block in blocks of xs)`, `fn` taking rows [b, ...] and answering a sum."""
+    n = leading_length(xs)
+    full = n // chunk
+    if full <= 1 and chunk >= n:
+        return fn(xs)
+    blocks = jtu.tree_map(lambda x: x[: full * chunk].reshape(full, chunk, *x.shape[1:]), xs)
+    first = fn(take(blocks, 0))
+    add = lambda total, block: (jtu.tree_map(jnp.add, total, fn(block)), None)
+    total, _ = jax.lax.scan(add, first, take(blocks, slice(1, None)))
+    if full * chunk < n:
+        total = jtu.tree_map(jnp.add, total, fn(take(xs, slice(full * chunk, None))))
+    return total
+
+
+def check_damping(damping) -> float:
+    """A damping λ is a number at least zero."""
+    if isinstance(damping, jax.core.Tracer):
+        return damping
+    if not np.isscalar(damping) and getattr(damping, "ndim", 1) != 0:
+        raise ValueError(f"`damping` must be a number, got {damping!r}.")
+    if not np.isfinite(damping) or damping < 0:
+        raise ValueError(
+            f"`damping` is λ in (H + λI) and must be at least 0, got {damping}. "
+            "Use damping=0. for the plain inverse, or a positive number such as 1e-3."
+        )
+    return damping
+
+
+def dot(a: Array, b: Array) -> Array:
+    """`a @ b` at full precision."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def einsum(subscripts: str, *operands: Array) -> Array:
+    """`jnp.einsum` at full precision."""
+    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)

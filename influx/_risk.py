@@ -1,0 +1,278 @@
+"""The empirical risk: the one place for 1/n, sums over examples, data weights and l2."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from ._custom_types import Example, Model
+from ._loss import AbstractLoss
+from ._misc import is_concrete, ravel, take
+
+
+def call(model: Model, x: PyTree[Array]) -> PyTree[Array]:
+    """The default `predict`: the model called on one input."""
+    return model(x)
+
+
+def itself(model: Model) -> Model:
+    """The default `whole`: the model is whole already."""
+    return model
+
+
+class EmpiricalRisk(eqx.Module):
+    r"""J(θ, w) = (1/n) Σᵢ wᵢ ℓ(zᵢ, θ) + Ω(θ), with Ω(θ) = ½ Σ_leaf l2_leaf ‖θ_leaf‖².
+
+    **n and Ω do not change with w**: weight 0 *erases* a point, as removing a row does under
+    scikit-learn's C·Σℓ + ½‖θ‖².
+
+    **Arguments:**
+
+    - `data`: `(inputs, targets)`, each a pytree of arrays whose leading axis counts the n examples.
+    - `loss`: an [`AbstractLoss`][]; `CustomLoss(fn)` for any function of (output, target).
+    - `l2`: a number for every parameter, or one per leaf: a pytree that is a prefix of the model's
+      parameters, e.g. `jtu.tree_map(lambda p: 1e-2 * (p.ndim > 1), eqx.filter(model, eqx.is_array))`
+      for no penalty on biases.
+    - `weights`: w ≥ 0, [n]: 1 = trained on once (the default), 0 = absent.
+    - `predict`: `predict(model, x)`, the output for one input; the model itself by default.
+
+    **Raises:** `ValueError` for empty data, leading axes that differ, leaves that are not numeric
+    arrays, NaN or infinity (naming leaf and example), and weights or l2 below 0. What depends on a
+    model (label range, output shape, dtypes) is checked where risk and model first meet.
+    """
+
+    data: tuple[PyTree[Array], PyTree[Array]]
+    loss: AbstractLoss
+    l2: PyTree[float]
+    weights: Float[Array, " n"]
+    predict: Callable[[Any, Any], Any]
+    whole: Callable[[Any], Any]
+
+    def __init__(self, data, loss, *, l2=0.0, weights=None, predict=None, whole=None):
+        self.data = _checked_data(data)
+        if not isinstance(loss, AbstractLoss):
+            raise ValueError(
+                f"`loss` must be an influx loss such as SoftmaxCrossEntropy(), got {loss!r}. "
+                "Wrap a function of (output, target) as `CustomLoss(fn)`."
+            )
+        self.loss = loss
+        self.l2 = _checked_l2(l2)
+        self.weights = _checked_weights(weights, self.data)
+        self.predict = call if predict is None else predict
+        self.whole = itself if whole is None else whole
+
+    @property
+    def n(self) -> int:
+        """The number of training points, those of weight 0 included."""
+        return self.weights.shape[0]
+
+    def with_weights(self, weights: Float[Array, " n"]) -> "EmpiricalRisk":
+        """The same risk under other data weights."""
+        weights = _checked_weights(weights, self.data)
+        return eqx.tree_at(lambda risk: risk.weights, self, weights)
+
+    def output(self, model: Model, x: PyTree[Array]) -> PyTree[Array]:
+        """The model's output for one input."""
+        return self.predict(self.whole(model), x)
+
+    def example_loss(self, model: Model, example: Example) -> Float[Array, ""]:
+        """ℓ(z, θ) of one (input, target) pair."""
+        x, y = example
+        return self.loss(self.output(model, x), y)
+
+    def losses(self, model: Model, data=None) -> Float[Array, " n"]:
+        """ℓ(zᵢ, θ) of every training point, or of every example of `data`."""
+        data = self.data if data is None else data
+        return jax.vmap(lambda example: self.example_loss(model, example))(data)
+
+    def mean(self, values: Float[Array, "n ..."], weights=None) -> Float[Array, "..."]:
+        """(1/n) Σᵢ wᵢ vᵢ: the only average over training points there is."""
+        weights = self.weights if weights is None else weights
+        return jnp.tensordot(weights, values, axes=1, precision=jax.lax.Precision.HIGHEST) / self.n
+
+    def regulariser(self, model: Model) -> Float[Array, ""]:
+        """Ω(θ)."""
+        theta, _ = ravel(model)
+        return 0.5 * jnp.sum(self.l2_vector(model) * jnp.square(theta))
+
+    def l2_vector(self, model: Model) -> Float[Array, " P"]:
+        """The diagonal of ∇²Ω, in the order of `ravel(model)`."""
+        params = eqx.filter(model, eqx.is_inexact_array)
+        return ravel(jtu.tree_map(jnp.full_like, params, l2_tree(self.l2, params)))[0]
+
+    def objective(self, model: Model, weights=None) -> Float[Array, ""]:
+        """J(θ, w); `weights` defaults to the risk's own."""
+        return self.mean(self.losses(model), weights) + self.regulariser(model)
+
+
+def l2_tree(l2: PyTree[float], params: PyTree[Array]) -> PyTree[float]:
+    """`l2`, a number or a prefix of `params`, as one number per parameter leaf."""
+    prefix = eqx.filter(l2, lambda x: not callable(x))
+    try:
+        return jtu.tree_map(
+            lambda value, part: jtu.tree_map(lambda _: value, part),
+            prefix,
+            params,
+            is_leaf=lambda x: x is None,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "`l2` must be a number, or a pytree of numbers that is a prefix of the model's "
+            f"parameters, {jtu.tree_structure(params)}; got {jtu.tree_structure(l2)}. For instance "
+            "`jtu.tree_map(lambda p: 1e-2, eqx.filter(model, eqx.is_inexact_array))`."
+        ) from error
+
+
+def validate(risk: EmpiricalRisk, model: Model) -> None:
+    """Everything about a risk and a model together that can be wrong before work starts.
+
+    **Raises:** `ValueError` naming the cause: no parameters, NaN or infinity in a parameter (which
+    leaf), several dtypes, layers whose output for one example depends on others or on chance, an
+    output the loss cannot take, labels out of range, a loss that is not a scalar.
+    """
+    _check_layers(risk.whole(model))
+    _check_parameters(model)
+    theta, _ = ravel(model)
+    for path, leaf in jtu.tree_leaves_with_path(risk.data):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype != theta.dtype:
+            raise ValueError(
+                f"The parameters are {theta.dtype} but the data leaf {jtu.keystr(path)} is "
+                f"{leaf.dtype}: convert one, e.g. `X.astype({theta.dtype})`."
+            )
+    l2_tree(risk.l2, eqx.filter(model, eqx.is_inexact_array))
+    x, y = take(risk.data, 0)
+    output = eqx.filter_eval_shape(risk.output, model, x)
+    if isinstance(output, jax.ShapeDtypeStruct):
+        risk.loss.check(output, risk.data[1])
+    value = eqx.filter_eval_shape(risk.loss, output, y)
+    if getattr(value, "shape", None) != ():
+        raise ValueError(
+            f"The loss of one example must be a scalar, got {value}. "
+            "Sum or average over its axes inside the loss."
+        )
+
+
+def check_queries(risk: EmpiricalRisk, queries: PyTree[Array]) -> None:
+    """Queries are `(inputs, targets)` whose rows look like the training data's rows."""
+    _checked_data(queries, what="queries")
+    expected, got = (jtu.tree_structure(x) for x in (risk.data, tuple(queries)))
+    rows = lambda tree: [(x.shape[1:], x.dtype) for x in jtu.tree_leaves(tree)]
+    if expected != got or [r[0] for r in rows(risk.data)] != [r[0] for r in rows(queries)]:
+        raise ValueError(
+            "A query must look like a training point: rows of shapes "
+            f"{[r[0] for r in rows(risk.data)]} in {expected}, got {[r[0] for r in rows(queries)]} "
+            f"in {got}. For one query add a leading axis: `(x[None], y[None])`."
+        )
+    for (shape, want), (_, have) in zip(rows(risk.data), rows(queries)):
+        if jnp.issubdtype(want, jnp.inexact) and want != have:
+            raise ValueError(
+                f"Query rows of shape {shape} are {have}, the training data's are {want}: "
+                f"convert them, e.g. `.astype({want})`."
+            )
+
+
+def _checked_data(data, what: str = "data"):
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise ValueError(
+            f"`{what}` must be a pair (inputs, targets), got {type(data).__name__}. "
+            "Without targets, pass the inputs twice."
+        )
+    leaves = jtu.tree_leaves_with_path(data)
+    if not leaves:
+        raise ValueError(f"`{what}` holds no arrays.")
+    for path, leaf in leaves:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
+            raise ValueError(
+                f"`{what}`{jtu.keystr(path)} must be a numeric array, got "
+                f"{type(leaf).__name__ if dtype is None else dtype}. Encode it as numbers first."
+            )
+        if leaf.ndim == 0:
+            raise ValueError(f"`{what}`{jtu.keystr(path)} has no leading axis of examples.")
+    lengths = {jtu.keystr(path): leaf.shape[0] for path, leaf in leaves}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"The leading axes of `{what}` differ: {lengths}.")
+    if leaves[0][1].shape[0] == 0:
+        raise ValueError(f"`{what}` is empty: it has 0 examples.")
+    for path, leaf in leaves:
+        if is_concrete(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            rows = np.isfinite(np.asarray(leaf)).reshape(leaf.shape[0], -1).all(axis=1)
+            if not rows.all():
+                bad = np.flatnonzero(~rows)
+                raise ValueError(
+                    f"`{what}`{jtu.keystr(path)} is NaN or infinite at {bad.size} example(s), the "
+                    f"first at index {bad[0]}. Impute or drop them: `~np.isfinite(x)` finds them."
+                )
+    return jtu.tree_map(jnp.asarray, tuple(data))
+
+
+def _checked_weights(weights, data) -> Float[Array, " n"]:
+    leaves = jtu.tree_leaves(data)
+    n = leaves[0].shape[0]
+    dtypes = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    dtype = dtypes[0] if dtypes else jnp.result_type(float)
+    if weights is None:
+        return jnp.ones((n,), dtype)
+    weights = jnp.asarray(weights).astype(dtype)
+    if weights.shape != (n,):
+        raise ValueError(f"`weights` needs shape ({n},), one per example; got {weights.shape}.")
+    if is_concrete(weights):
+        bad = np.flatnonzero(~(np.isfinite(np.asarray(weights)) & (np.asarray(weights) >= 0)))
+        if bad.size:
+            raise ValueError(
+                f"`weights` must be finite and at least 0, got {weights[int(bad[0])]} at index "
+                f"{bad[0]}. Weight 0 removes a point."
+            )
+    return weights
+
+
+def _checked_l2(l2):
+    for path, value in jtu.tree_leaves_with_path(l2):
+        if is_concrete(value) and not (
+            np.all(np.isfinite(value)) and np.all(np.asarray(value) >= 0)
+        ):
+            raise ValueError(f"`l2`{jtu.keystr(path)} must be at least 0, got {value}.")
+    return l2
+
+
+def _check_parameters(model: Model) -> None:
+    leaves = jtu.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array))
+    if not leaves or all(leaf.size == 0 for _, leaf in leaves):
+        raise ValueError("The model has no parameters: none of its leaves is a floating array.")
+    dtypes = {jtu.keystr(path): str(leaf.dtype) for path, leaf in leaves}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(
+            f"The parameters have several dtypes: {dtypes}. Convert them to one, e.g. "
+            "`jtu.tree_map(lambda p: p.astype('float32') if eqx.is_inexact_array(p) else p, model)`."
+        )
+    for path, leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"The parameter {jtu.keystr(path)} is complex; influx needs real ones."
+            )
+        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(
+                f"The parameter {jtu.keystr(path)} is NaN or infinite: training diverged. "
+                "Retrain with a smaller step, or restore an earlier model."
+            )
+
+
+def _check_layers(model: Model) -> None:
+    is_layer = lambda x: isinstance(x, (eqx.nn.StateIndex, eqx.nn.Dropout))
+    for path, layer in jtu.tree_leaves_with_path(model, is_leaf=is_layer):
+        if isinstance(layer, eqx.nn.StateIndex):
+            raise ValueError(
+                f"The layer at {jtu.keystr(path[:-1])} keeps state (BatchNorm): the loss of one "
+                "example then depends on the others. Use GroupNorm or LayerNorm, or fold the "
+                "running statistics into constants."
+            )
+        if isinstance(layer, eqx.nn.Dropout) and not layer.inference and float(layer.p) > 0:
+            raise ValueError(
+                f"The Dropout at {jtu.keystr(path)} is in training mode: the loss is random. "
+                "Write `model = eqx.nn.inference_mode(model)`."
+            )

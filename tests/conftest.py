@@ -1,0 +1,14 @@
+import os
+
+import jax
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("dev", max_examples=10, **_quiet)
+settings.register_profile("ci", max_examples=10, derandomize=True, print_blob=True, **_quiet)
+settings.register_profile("deep", max_examples=300, **_quiet)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
