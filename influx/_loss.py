@@ -34,7 +34,7 @@ class AbstractLoss(eqx.Module):
 
     @abc.abstractmethod
     def output_hessian(self, output: Array, target: PyTree[Array]) -> Float[Array, "K K"]:
-        """∇²ℓ with respect to the flattened output: the middle factor of the Gauss–Newton matrix."""
+        """∇²ℓ in the flattened output: the middle factor of the Gauss–Newton matrix."""
 
     @abc.abstractmethod
     def output_fisher(self, output: Array) -> Float[Array, "K K"]:
@@ -96,9 +96,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
     - `label_smoothing`: s in [0, 1).
     - `reduction`: `"sum"` or `"mean"` over the positions of a sequence.
 
-    With hard labels this is a negative log-likelihood: its output Hessian equals its exact Fisher,
+    With hard labels this is a negative log-likelihood: output Hessian and exact Fisher are both
     diag p − ppᵀ. Class weights and smoothing keep the Hessian's closed form; the Fisher then is that
-    of the weighted score, by name.
+    of the weighted, smoothed score.
     """
 
     class_weights: Float[Array, " C"] | None
@@ -169,14 +169,14 @@ class SoftmaxCrossEntropy(AbstractLoss):
     def class_logits(self, output):
         if output.ndim != 1:
             raise ValueError(
-                "Class probabilities, logits and margins need one vector of logits per example, got "
+                "Class probabilities, logits and margins need one vector of logits an example, got "
                 f"outputs of shape {output.shape}. Use `influx.measure(f, fn)` with a function of "
                 "(model, query) that picks the position you mean."
             )
         return output
 
     def constants(self, output):
-        # softmax: ‖p − q‖ ≤ √2 per position; λ_max(diag p − ppᵀ) ≤ ½; and D³[u, u, v] = E[(u − ū)²(v − v̄)] with
+        # ‖p − q‖ ≤ √2 per position; λ_max(diag p − ppᵀ) ≤ ½; D³[u, u, v] = E[(u − ū)²(v − v̄)] with
         # |v_c − v̄| = |(e_c − p)·v| ≤ √2 ‖v‖ and E[(u − ū)²] ≤ ½‖u‖², so t = 1/√2.
         if self.reduction == "mean":
             raise ValueError("No certificate for a loss averaged over a sequence.")
@@ -256,8 +256,8 @@ class BinaryCrossEntropy(AbstractLoss):
 class SquaredError(AbstractLoss):
     """ℓ = ½ ‖output − target‖², summed over all outputs.
 
-    The factor ½ makes it the negative log-likelihood of unit-variance Gaussian noise: output Hessian
-    and Fisher are the identity.
+    The factor ½ makes it the negative log-likelihood of unit-variance Gaussian noise: output
+    Hessian and Fisher are the identity.
     """
 
     def __call__(self, output, target):
@@ -293,8 +293,8 @@ class CustomLoss(AbstractLoss):
     **Arguments:**
 
     - `fn`: `fn(output, target) -> scalar`, differentiable in `output`.
-    - `sample`: `sample(key, output) -> target`, where `fn` is a negative log-likelihood and a sampled
-      Fisher is wanted.
+    - `sample`: `sample(key, output) -> target`, where `fn` is a negative log-likelihood and a
+      sampled Fisher is wanted.
     - `logits`: `logits(output) -> [C]`, where the model is a classifier and margins are wanted.
 
     The output Hessian is `jax.hessian(fn)`; the Gauss–Newton matrix is positive semi-definite only

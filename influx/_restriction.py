@@ -34,8 +34,8 @@ def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[Empirical
 
     **Arguments:** `where` selects a part of `model`, as in `equinox.tree_at`; a tuple of parts too.
 
-    **Returns:** `(small, small_model)`: the restricted risk, and the selected part. Measurements still
-    see the rebuilt whole model.
+    **Returns:** `(small, small_model)`: the restricted risk, and the selected part. Measurements
+    still see the rebuilt whole model.
 
     **Raises:** `ValueError` where `where` selects nothing that holds parameters.
 

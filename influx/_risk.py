@@ -36,8 +36,8 @@ class EmpiricalRisk(eqx.Module):
     - `data`: `(inputs, targets)`, each a pytree of arrays whose leading axis counts the n examples.
     - `loss`: an [`AbstractLoss`][]; `CustomLoss(fn)` for any function of (output, target).
     - `l2`: a number for every parameter, or one per leaf: a pytree that is a prefix of the model's
-      parameters, e.g. `jtu.tree_map(lambda p: 1e-2 * (p.ndim > 1), eqx.filter(model, eqx.is_array))`
-      for no penalty on biases.
+      parameters. No penalty on biases:
+      `jtu.tree_map(lambda p: 1e-2 * (p.ndim > 1), eqx.filter(model, eqx.is_inexact_array))`.
     - `weights`: w ≥ 0, [n]: 1 = trained on once (the default), 0 = absent.
     - `predict`: `predict(model, x)`, the output for one input; the model itself by default.
 
@@ -248,7 +248,7 @@ def _check_parameters(model: Model) -> None:
     if len(set(dtypes.values())) > 1:
         raise ValueError(
             f"The parameters have several dtypes: {dtypes}. Convert them to one, e.g. "
-            "`jtu.tree_map(lambda p: p.astype('float32') if eqx.is_inexact_array(p) else p, model)`."
+            "`jtu.tree_map(lambda p: p.astype(x.dtype) if eqx.is_inexact_array(p) else p, model)`."
         )
     for path, leaf in leaves:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
