@@ -41,13 +41,14 @@ def take(tree: PyTree, indices) -> PyTree:
     return jtu.tree_map(lambda x: x[indices], tree)
 
 
+def check_chunk(chunk_size: int | None) -> None:
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}. None chooses one.")
+
+
 def chunk_length(row_items: int, dtype, chunk_size: int | None = None) -> int:
     """How many rows of `row_items` numbers fit into the byte budget (at least one)."""
     if chunk_size is not None:
-        if chunk_size < 1:
-            raise ValueError(
-                f"`chunk_size` must be at least 1, got {chunk_size}. Use None to choose."
-            )
         return chunk_size
     return max(1, int(BYTE_BUDGET // (max(1, row_items) * jnp.dtype(dtype).itemsize)))
 

@@ -128,27 +128,29 @@ def l2_tree(l2: PyTree[float], params: PyTree[Array]) -> PyTree[float]:
         ) from error
 
 
-def validate(risk: EmpiricalRisk, model: Model) -> None:
+def validate(risk: EmpiricalRisk, model: Model, data=None) -> None:
     """Everything about a risk and a model together that can be wrong before work starts.
 
     **Raises:** `ValueError` naming the cause: no parameters, NaN or infinity in a parameter (which
     leaf), several dtypes, layers whose output for one example depends on others or on chance, an
-    output the loss cannot take, labels out of range, a loss that is not a scalar.
+    output the loss cannot take, labels out of range, a loss that is not a scalar. `data` stands for
+    the training data where queries are to be checked.
     """
+    data = risk.data if data is None else data
     _check_layers(risk.whole(model))
     _check_parameters(model)
     theta, _ = ravel(model)
-    for path, leaf in jtu.tree_leaves_with_path(risk.data):
+    for path, leaf in jtu.tree_leaves_with_path(data):
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype != theta.dtype:
             raise ValueError(
                 f"The parameters are {theta.dtype} but the data leaf {jtu.keystr(path)} is "
                 f"{leaf.dtype}: convert one, e.g. `X.astype({theta.dtype})`."
             )
     l2_tree(risk.l2, eqx.filter(model, eqx.is_inexact_array))
-    x, y = take(risk.data, 0)
+    x, y = take(data, 0)
     output = eqx.filter_eval_shape(risk.output, model, x)
     if isinstance(output, jax.ShapeDtypeStruct):
-        risk.loss.check(output, risk.data[1])
+        risk.loss.check(output, data[1])
     value = eqx.filter_eval_shape(risk.loss, output, y)
     if getattr(value, "shape", None) != ():
         raise ValueError(
@@ -182,6 +184,12 @@ def _checked_data(data, what: str = "data"):
             f"`{what}` must be a pair (inputs, targets), got {type(data).__name__}. "
             "Without targets, pass the inputs twice."
         )
+    check_axes(data, what)
+    return jtu.tree_map(jnp.asarray, tuple(data))
+
+
+def check_axes(data: PyTree[Array], what: str) -> None:
+    """Numeric, finite arrays with one leading axis of the same, positive length."""
     leaves = jtu.tree_leaves_with_path(data)
     if not leaves:
         raise ValueError(f"`{what}` holds no arrays.")
@@ -208,7 +216,6 @@ def _checked_data(data, what: str = "data"):
                     f"`{what}`{jtu.keystr(path)} is NaN or infinite at {bad.size} example(s), the "
                     f"first at index {bad[0]}. Impute or drop them: `~np.isfinite(x)` finds them."
                 )
-    return jtu.tree_map(jnp.asarray, tuple(data))
 
 
 def _checked_weights(weights, data) -> Float[Array, " n"]:
@@ -276,3 +283,9 @@ def _check_layers(model: Model) -> None:
                 f"The Dropout at {jtu.keystr(path)} is in training mode: the loss is random. "
                 "Write `model = eqx.nn.inference_mode(model)`."
             )
+
+
+def class_logits_shape(risk: EmpiricalRisk, model: Model) -> jax.ShapeDtypeStruct:
+    """The shape of one example's class logits; `ValueError` where the loss is no classifier's."""
+    logits = lambda m, x: risk.loss.class_logits(risk.output(m, x))
+    return eqx.filter_eval_shape(logits, model, take(risk.data[0], 0))

@@ -1,0 +1,12 @@
+from .base import AbstractCurvature as AbstractCurvature
+from .base import AbstractFactored as AbstractFactored
+from .base import AbstractMatrixCurvature as AbstractMatrixCurvature
+from .base import Factored as Factored
+from .block import BlockDiagonal as BlockDiagonal
+from .diagonal import Diagonal as Diagonal
+from .fisher import Fisher as Fisher
+from .ggn import GaussNewton as GaussNewton
+from .hessian import Hessian as Hessian
+from .identity import Identity as Identity
+from .iterative import CG as CG
+from .iterative import MINRES as MINRES

@@ -1,0 +1,189 @@
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._custom_types import Model
+from .._jacobian import AbstractJacobian
+from .._misc import chunk_length, is_concrete, ravel
+from .._risk import EmpiricalRisk
+
+
+class AbstractFactored(eqx.Module):
+    """A damped curvature H + λI made ready once, to be solved with many times.
+
+    The law: `factored.solve(factored.matvec(v)) == v`.
+    """
+
+    @abc.abstractmethod
+    def matvec(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
+        """(H + λI) v."""
+
+    @abc.abstractmethod
+    def try_solve(self, v: Float[Array, " P"]) -> tuple[Float[Array, " P"], Array]:
+        """(H + λI)⁻¹ v, and whether the solve met its tolerance."""
+
+    @abc.abstractmethod
+    def perturbed(self, matvec: Callable[[Array], Array]) -> "AbstractFactored":
+        """The same curvature with a symmetric matrix, given by its products, added."""
+
+    def solve(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
+        """(H + λI)⁻¹ v; an error where the solve did not converge."""
+        x, converged = self.try_solve(v)
+        return eqx.error_if(
+            x,
+            ~converged,
+            "A linear solve with the curvature did not converge. Allow more steps (`max_steps=`), "
+            "a looser `rtol=`, more `damping=`, or solve directly (without CG). "
+            "`influx.diagnose(f)` prints the residual.",
+        )
+
+
+class Factored(AbstractFactored):
+    """A lineax operator, a lineax solver, and what that solver prepared."""
+
+    operator: lx.AbstractLinearOperator
+    solver: lx.AbstractLinearSolver
+    state: Any
+
+    def __init__(self, operator: lx.AbstractLinearOperator, solver: lx.AbstractLinearSolver):
+        self.operator = operator
+        self.solver = solver
+        self.state = solver.init(operator, {})
+
+    def matvec(self, v):
+        return self.operator.mv(v)
+
+    def try_solve(self, v):
+        with jax.default_matmul_precision("highest"):
+            solution = lx.linear_solve(self.operator, v, self.solver, state=self.state, throw=False)
+        return solution.value, solution.result == lx.RESULTS.successful
+
+    def perturbed(self, matvec):
+        if isinstance(self.operator, lx.MatrixLinearOperator):
+            matrix = self.operator.as_matrix()
+            added = jax.lax.map(matvec, jnp.eye(matrix.shape[0], dtype=matrix.dtype))
+            return Factored(symmetric(matrix + added), self.solver)
+        total = lx.FunctionLinearOperator(
+            lambda v: self.matvec(v) + matvec(v),
+            self.operator.in_structure(),
+            (lx.symmetric_tag, lx.positive_semidefinite_tag),
+        )
+        return Factored(total, self.solver)
+
+
+def symmetric(matrix: Float[Array, "P P"]) -> lx.MatrixLinearOperator:
+    """A dense symmetric operator; rounding's asymmetry is averaged away."""
+    return lx.MatrixLinearOperator(
+        0.5 * (matrix + matrix.T), (lx.symmetric_tag, lx.positive_semidefinite_tag)
+    )
+
+
+class AbstractCurvature(eqx.Module):
+    """What stands for H = ∇²J in I(i; m) = −∇mᵀ(H + λI)⁻¹gᵢ. It contains ∇²Ω = diag(l2).
+
+    A curvature holds its settings only; `factor` meets it with a risk and a model. `damping` is λ,
+    always added to a curvature that already contains l2.
+    """
+
+    damping: eqx.AbstractVar[float]
+
+    @abc.abstractmethod
+    def matvec(self, risk: EmpiricalRisk, model: Model) -> Callable[[Array], Array]:
+        """The map v ↦ Hv, undamped, in the order of `ravel(model)`."""
+
+    @abc.abstractmethod
+    def factor(self, risk: EmpiricalRisk, model: Model) -> AbstractFactored:
+        """H + λI, ready for `solve`.
+
+        **Raises:** `ValueError` where it is indefinite or singular, naming the eigenvalue.
+        """
+
+    @abc.abstractmethod
+    def check_without(self) -> None:
+        """Raise `ValueError` where one point's share of the curvature is not known."""
+
+    @abc.abstractmethod
+    def without(
+        self,
+        risk: EmpiricalRisk,
+        model: Model,
+        factored: AbstractFactored,
+        jacobian: AbstractJacobian,
+        indices: Int[Array, " k"],
+    ) -> Float[Array, "k P"]:
+        """Δθᵢ = −H₋ᵢ⁻¹ ∇J₋ᵢ(θ̂) for each i of `indices`: one Newton step without point i (P10).
+        `jacobian` is that of all training outputs."""
+
+
+class AbstractMatrixCurvature(AbstractCurvature):
+    """A curvature that is a dense [P, P] matrix: O(P²) memory, one Cholesky factor of O(P³)."""
+
+    @abc.abstractmethod
+    def matrix(self, risk: EmpiricalRisk, model: Model) -> Float[Array, "P P"]:
+        """H, undamped."""
+
+    def factor(self, risk, model):
+        return factor_matrix(self.matrix(risk, model), self.damping)
+
+
+def factor_matrix(matrix: Float[Array, "P P"], damping: float) -> Factored:
+    """Cholesky factor of H + λI, with its definiteness checked."""
+    matrix = matrix + jnp.asarray(damping, matrix.dtype) * jnp.eye(
+        matrix.shape[0], dtype=matrix.dtype
+    )
+    factored = Factored(symmetric(matrix), lx.Cholesky())
+    if is_concrete(matrix):
+        _check_definite(factored.operator.as_matrix(), factored)
+    return factored
+
+
+def _check_definite(matrix: Float[Array, "P P"], factored: Factored) -> None:
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    pivots = np.abs(np.diagonal(np.asarray(jax.tree_util.tree_leaves(factored.state)[0])))
+    safe = np.isfinite(pivots).all() and pivots.min() ** 2 > 1e3 * eps * pivots.max() ** 2
+    if safe:
+        return
+    if not bool(jnp.all(jnp.isfinite(matrix))):
+        raise ValueError(
+            "The curvature has NaN or infinite entries: a second derivative of the loss overflows "
+            "at this model. Check the loss for log(0), 0/0 or sqrt(0)."
+        )
+    eigenvalues = np.linalg.eigvalsh(np.asarray(matrix))
+    low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+    floor = matrix.shape[0] * eps * max(high, -low)
+    if low > floor:
+        return
+    kind = "indefinite" if low < -floor else "singular"
+    remedy = max(1e-3 * high, -2 * low)
+    raise ValueError(
+        f"The curvature is {kind}: its smallest eigenvalue is {low:.3g}, its largest {high:.3g}. "
+        f"Its inverse is no influence. Use a positive damping (say damping={remedy:.1g}), an l2 > 0 "
+        "on every parameter, a positive semi-definite curvature such as GaussNewton(), or train to a "
+        "minimum."
+    )
+
+
+def hvp_matrix(matvec: Callable[[Array], Array], theta: Float[Array, " P"]) -> Float[Array, "P P"]:
+    """A symmetric matrix from its products with the unit vectors, a chunk at a time."""
+    P = theta.size
+    eye = jnp.eye(P, dtype=theta.dtype)
+    return jax.lax.map(matvec, eye, batch_size=min(P, chunk_length(64 * P, theta.dtype)))
+
+
+def no_removal(name: str) -> ValueError:
+    return ValueError(
+        f"{name} does not say what one point adds to the curvature, so a Newton step without that "
+        'point is undefined. Use Hessian() or GaussNewton(), or `removal(f, "first-order")`.'
+    )
+
+
+def flat_structure(model: Model) -> jax.ShapeDtypeStruct:
+    theta, _ = ravel(model)
+    return jax.ShapeDtypeStruct(theta.shape, theta.dtype)

@@ -1,0 +1,119 @@
+"""Block-diagonal curvature: interactions inside a layer are kept, those between layers dropped."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Int
+
+from .._custom_types import Model
+from .._misc import ravel
+from .._restriction import restrict
+from .base import AbstractCurvature, AbstractFactored, no_removal
+from .hessian import Hessian
+
+
+class BlockDiagonal(AbstractCurvature):
+    """The blocks of a curvature that belong to one layer each; all blocks between layers dropped.
+
+    A layer is a module that owns parameter arrays, so that a weight and its bias share a block. Each
+    block is that curvature of the risk restricted to the layer (P9a), factored by itself: memory
+    Σ P_b² in place of P².
+    """
+
+    curvature: AbstractCurvature = Hessian()
+
+    @property
+    def damping(self) -> float:
+        return self.curvature.damping
+
+    def matvec(self, risk, model):
+        theta, _ = ravel(model)
+        parts = [
+            (indices, self.curvature.matvec(*restrict(risk, model, where)))
+            for indices, where in layers(model)
+        ]
+
+        def matvec(v):
+            out = jnp.zeros_like(theta)
+            for indices, block in parts:
+                out = out.at[indices].set(block(v[indices]))
+            return out
+
+        return matvec
+
+    def factor(self, risk, model):
+        return Blocks(
+            tuple(
+                Block(indices, self.curvature.factor(*restrict(risk, model, where)))
+                for indices, where in layers(model)
+            )
+        )
+
+    def check_without(self):
+        raise no_removal("BlockDiagonal")
+
+    def without(self, risk, model, factored, jacobian, indices):
+        raise no_removal("BlockDiagonal")
+
+
+class Block(eqx.Module):
+    indices: Int[np.ndarray, " p"]
+    factored: AbstractFactored
+
+
+class Blocks(AbstractFactored):
+    """A block-diagonal curvature: each block solved by itself."""
+
+    blocks: tuple[Block, ...]
+
+    def matvec(self, v):
+        out = jnp.zeros_like(v)
+        for block in self.blocks:
+            out = out.at[block.indices].set(block.factored.matvec(v[block.indices]))
+        return out
+
+    def try_solve(self, v):
+        out, converged = jnp.zeros_like(v), jnp.asarray(True)
+        for block in self.blocks:
+            x, done = block.factored.try_solve(v[block.indices])
+            out, converged = out.at[block.indices].set(x), converged & done
+        return out, converged
+
+    def perturbed(self, matvec):
+        raise no_removal("BlockDiagonal")
+
+
+def layers(model: Model) -> list[tuple[np.ndarray, Callable]]:
+    """For each module that owns parameters: where they stand in `ravel(model)`, and their getter."""
+    params = eqx.filter(model, eqx.is_inexact_array)
+    groups: dict[str, tuple[list, list]] = {}
+    start = 0
+    for path, leaf in jtu.tree_leaves_with_path(params):
+        paths, places = groups.setdefault(jtu.keystr(path[:-1]), ([], []))
+        paths.append(path)
+        places.append(np.arange(start, start + leaf.size))
+        start += leaf.size
+    return [(np.concatenate(places), Getter(tuple(paths))) for paths, places in groups.values()]
+
+
+class Getter(eqx.Module):
+    """`where` of the leaves at some paths. Equal paths compare equal, so programs are reused."""
+
+    paths: tuple = eqx.field(static=True)
+
+    def __call__(self, tree):
+        return tuple(_follow(tree, path) for path in self.paths)
+
+
+def _follow(tree, path):
+    for key in path:
+        if isinstance(key, jtu.GetAttrKey):
+            tree = getattr(tree, key.name)
+        elif isinstance(key, jtu.SequenceKey):
+            tree = tree[key.idx]
+        else:
+            tree = tree[key.key]
+    return tree

@@ -1,0 +1,52 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+
+from .._misc import chunk_length, ravel
+from .base import AbstractCurvature, Factored, no_removal
+from .ggn import GaussNewton
+
+
+class Diagonal(AbstractCurvature):
+    """The diagonal of a curvature: P of its products, O(P) memory. Drops every interaction."""
+
+    curvature: AbstractCurvature = GaussNewton()
+
+    @property
+    def damping(self) -> float:
+        return self.curvature.damping
+
+    def matvec(self, risk, model):
+        diagonal = _diagonal(self.curvature, risk, model)
+        return lambda v: diagonal * v
+
+    def factor(self, risk, model):
+        diagonal = _diagonal(self.curvature, risk, model)
+        diagonal = diagonal + jnp.asarray(self.damping, diagonal.dtype)
+        low = jnp.min(diagonal)
+        if not isinstance(low, jax.core.Tracer) and not float(low) > 0:
+            raise ValueError(
+                f"The diagonal of the curvature has the entry {float(low):.3g}, which is not "
+                "positive. Use a positive damping, or an l2 > 0 on every parameter."
+            )
+        return Factored(lx.DiagonalLinearOperator(diagonal), lx.Diagonal())
+
+    def check_without(self):
+        raise no_removal("Diagonal")
+
+    def without(self, risk, model, factored, jacobian, indices):
+        raise no_removal("Diagonal")
+
+
+@eqx.filter_jit
+def _diagonal(curvature, risk, model):
+    theta, _ = ravel(model)
+    matvec = curvature.matvec(risk, model)
+
+    def entry(i):
+        unit = jnp.zeros_like(theta).at[i].set(1)
+        return matvec(unit)[i]
+
+    batch = min(theta.size, chunk_length(64 * theta.size, theta.dtype))
+    return jax.lax.map(entry, jnp.arange(theta.size), batch_size=batch)

@@ -1,0 +1,110 @@
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import PRNGKeyArray
+
+from .._gradients import example_gradient
+from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, ravel
+from .base import AbstractMatrixCurvature, no_removal
+from .ggn import _gauss_newton_matvec, gauss_newton_matrix
+
+
+class Fisher(AbstractMatrixCurvature):
+    """The Fisher matrix by name, plus diag(l2).
+
+    - `"exact"`: (1/n) Σ wᵢ E_{y ~ p(·|xᵢ)}[∇ℓ ∇ℓᵀ], the expectation summed over all targets. For a
+      plain negative log-likelihood it is the Gauss–Newton matrix.
+    - `"sampled"`: the same expectation over `draws` targets drawn with `key`.
+    - `"empirical"`: (1/n) Σ wᵢ gᵢgᵢᵀ at the given targets. It is no approximation of the Hessian
+      away from a good fit (Kunstner, Balles & Hennig, arXiv:1905.12558).
+    """
+
+    kind: str = eqx.field(static=True)
+    damping: float = eqx.field(converter=check_damping)
+    key: PRNGKeyArray | None
+    draws: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        kind: Literal["exact", "sampled", "empirical"] = "exact",
+        *,
+        damping: float = 0.0,
+        key: PRNGKeyArray | None = None,
+        draws: int = 1,
+    ):
+        if kind not in ("exact", "sampled", "empirical"):
+            raise ValueError(
+                f'The kind of Fisher must be "exact", "sampled" or "empirical", got {kind!r}.'
+            )
+        if kind == "sampled" and key is None:
+            raise ValueError('Fisher("sampled") draws labels: give it `key=jax.random.key(0)`.')
+        if draws < 1:
+            raise ValueError(f"`draws` must be at least 1, got {draws}.")
+        self.kind, self.damping, self.key, self.draws = kind, damping, key, draws
+
+    def matvec(self, risk, model):
+        if self.kind == "exact":
+            return _gauss_newton_matvec(risk, model, lambda o, y: risk.loss.output_fisher(o))
+
+        def matvec(v):
+            def block(args):
+                data, i, share = args
+                G = jax.vmap(lambda z, j: self._gradients(risk, model, z, j))(data, i)
+                return einsum("b,bdp,bd->p", share, G, dot(G, v)) / self.draws
+
+            return self._sum(risk, model, block) + risk.l2_vector(model) * v
+
+        return matvec
+
+    def matrix(self, risk, model):
+        if self.kind == "exact":
+            return gauss_newton_matrix(risk, model, _ExactMiddle(risk.loss))
+        return _moment_matrix(self, risk, model)
+
+    def _sum(self, risk, model, block):
+        theta, _ = ravel(model)
+        examples = (risk.data, jnp.arange(risk.n), risk.weights / risk.n)
+        return chunked_sum(block, examples, chunk_length(4 * self.draws * theta.size, theta.dtype))
+
+    def _gradients(self, risk, model, example, i):
+        """∇ℓ at the given target, or at `draws` targets drawn for example i: [d, P]."""
+        if self.kind == "empirical":
+            return example_gradient(risk, model, example)[None]
+        x, y = example
+        output = risk.output(model, x)
+
+        def drawn(key):
+            target = risk.loss.draw(key, output).astype(y.dtype)
+            return example_gradient(risk, model, (x, target))
+
+        return jax.vmap(drawn)(jr.split(jr.fold_in(self.key, i), self.draws))
+
+    def check_without(self):
+        raise no_removal(f'Fisher("{self.kind}")')
+
+    def without(self, risk, model, factored, jacobian, indices):
+        raise no_removal(f'Fisher("{self.kind}")')
+
+
+class _ExactMiddle(eqx.Module):
+    loss: eqx.Module
+
+    def __call__(self, output, target):
+        return self.loss.output_fisher(output)
+
+
+@eqx.filter_jit
+def _moment_matrix(fisher: Fisher, risk, model):
+    """(1/n) Σ wᵢ · mean over draws of ∇ℓ ∇ℓᵀ."""
+
+    def block(args):
+        data, i, share = args
+        G = jax.vmap(lambda z, j: fisher._gradients(risk, model, z, j))(data, i)
+        rows = G.reshape(-1, G.shape[-1])
+        weight = jnp.repeat(share / fisher.draws, G.shape[1])
+        return dot(rows.T, weight[:, None] * rows)
+
+    return fisher._sum(risk, model, block) + jnp.diag(risk.l2_vector(model))

@@ -1,0 +1,64 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .._jacobian import output_jacobian
+from .._misc import check_damping, ravel
+from .base import AbstractMatrixCurvature
+from .woodbury import output_terms, steps_without
+
+
+class GaussNewton(AbstractMatrixCurvature):
+    """(1/n) Σ wᵢ AᵢᵀSᵢAᵢ + diag(l2), with Aᵢ = ∂outputᵢ/∂θ and Sᵢ = ∇²ℓᵢ in the output.
+
+    Positive semi-definite for a loss convex in its output, wherever the model is; equal to the
+    Hessian for outputs affine in θ, and where the residuals vanish. Never the empirical Fisher.
+    Cost: O(nKP²) to build, O(P²) memory.
+
+    **Source:** Schraudolph, "Fast curvature matrix-vector products for second-order gradient
+    descent" (2002); Martens, "New insights and perspectives on the natural gradient method",
+    arXiv:1412.1193.
+    """
+
+    damping: float = eqx.field(default=0.0, converter=check_damping)
+
+    def matvec(self, risk, model):
+        return _gauss_newton_matvec(risk, model, risk.loss.output_hessian)
+
+    def matrix(self, risk, model):
+        return gauss_newton_matrix(risk, model)
+
+    def check_without(self):
+        pass
+
+    def without(self, risk, model, factored, jacobian, indices):
+        terms = output_terms(risk, model, jacobian, indices)
+        return steps_without(risk, model, factored, terms)
+
+
+def _gauss_newton_matvec(risk, model, middle):
+    """v ↦ (1/n) Σ wᵢ Aᵢᵀ Sᵢ Aᵢ v + l2 v, by one forward and one reverse product."""
+    theta, rebuild = ravel(model)
+    outputs = lambda t: jax.vmap(lambda x: risk.output(rebuild(t), x))(risk.data[0])
+
+    def matvec(v):
+        out, push = jax.linearize(outputs, theta)
+        rows = lambda o, y, t: (middle(o, y) @ t.reshape(-1)).reshape(o.shape)
+        curved = jax.vmap(rows)(out, risk.data[1], push(v))
+        weights = (risk.weights / risk.n).reshape(-1, *[1] * (curved.ndim - 1))
+        (pulled,) = jax.linear_transpose(push, theta)(weights * curved)
+        return pulled + risk.l2_vector(model) * v
+
+    return matvec
+
+
+def gauss_newton_matrix(risk, model, middle=None):
+    """The dense matrix, `middle(output, target) -> [K, K]` standing for Sᵢ (∇²ℓᵢ by default)."""
+    return _assemble(risk, model, output_jacobian(risk, model), middle or risk.loss.output_hessian)
+
+
+@eqx.filter_jit
+def _assemble(risk, model, jacobian, middle):
+    hessians = jax.vmap(lambda z: middle(risk.output(model, z[0]), z[1]))(risk.data)
+    share = (risk.weights / risk.n)[:, None, None]
+    return jacobian.gram(share * hessians) + jnp.diag(risk.l2_vector(model))

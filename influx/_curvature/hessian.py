@@ -1,0 +1,44 @@
+import equinox as eqx
+import jax
+
+from .._jacobian import is_affine
+from .._misc import check_damping, ravel
+from .base import AbstractMatrixCurvature, hvp_matrix
+from .ggn import gauss_newton_matrix
+from .woodbury import hessian_steps_without, output_terms, steps_without
+
+
+class Hessian(AbstractMatrixCurvature):
+    """H = ∇²J(θ̂), exactly.
+
+    Positive definite at a strict minimum only: anywhere else it is refused. For outputs affine in the
+    parameters it equals the Gauss–Newton matrix and is built as one. Cost: P Hessian-vector products,
+    O(P²) memory, O(P³) to factor; choose it for P up to a few thousand.
+    """
+
+    damping: float = eqx.field(default=0.0, converter=check_damping)
+
+    def matvec(self, risk, model):
+        theta, rebuild = ravel(model)
+        gradient = jax.grad(lambda t: risk.objective(rebuild(t)))
+        return lambda v: jax.jvp(gradient, (theta,), (v,))[1]
+
+    def matrix(self, risk, model):
+        if is_affine(risk, model):
+            return gauss_newton_matrix(risk, model)
+        return _hessian_matrix(self, risk, model)
+
+    def check_without(self):
+        pass
+
+    def without(self, risk, model, factored, jacobian, indices):
+        if is_affine(risk, model):
+            terms = output_terms(risk, model, jacobian, indices)
+            return steps_without(risk, model, factored, terms)
+        return hessian_steps_without(risk, model, factored, indices)
+
+
+@eqx.filter_jit
+def _hessian_matrix(hessian, risk, model):
+    theta, _ = ravel(model)
+    return hvp_matrix(hessian.matvec(risk, model), theta)

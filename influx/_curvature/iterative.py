@@ -1,0 +1,135 @@
+"""Curvatures that are never formed: their products, and an iterative solver of lineax."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+
+from .._misc import is_concrete, ravel
+from .._solver.bounds import lanczos
+from .._solver.minres import MINRES as MinresSolver
+from .base import AbstractCurvature, AbstractFactored, Factored, flat_structure
+
+
+class CG(AbstractCurvature):
+    """Solves with a curvature by conjugate gradients on its products: O(P) memory.
+
+    **Arguments:**
+
+    - `curvature`: what to solve with, e.g. `GaussNewton(damping=1e-3)`. Its damping is the only one.
+    - `rtol`, `atol`: a solve ends at |Hx − v| ≤ atol + rtol·|v| (root mean square norms).
+    - `max_steps`: default 10·P.
+
+    A solve that does not meet its tolerance is an error, not a number. A curvature with a negative
+    Ritz value on 20 Lanczos steps is refused as indefinite. One step costs one product: 4–8 gradients
+    of J for a Hessian, 2.5–4 for a Gauss–Newton matrix. Choose it where P² does not fit.
+
+    **Source:** Koh & Liang, arXiv:1703.04730; Martens, "Deep learning via Hessian-free
+    optimization" (2010).
+    """
+
+    curvature: AbstractCurvature
+    rtol: float = eqx.field(default=1e-10, kw_only=True)
+    atol: float = eqx.field(default=0.0, kw_only=True)
+    max_steps: int | None = eqx.field(static=True, default=None, kw_only=True)
+
+    @property
+    def damping(self) -> float:
+        return self.curvature.damping
+
+    def matvec(self, risk, model):
+        return self.curvature.matvec(risk, model)
+
+    def factor(self, risk, model):
+        _check_steps(self.max_steps)
+        operator = _operator(self.curvature, risk, model)
+        if is_concrete((risk, model)):
+            _check_ritz(operator, model)
+        steps = 10 * flat_structure(model).size if self.max_steps is None else self.max_steps
+        return Factored(operator, lx.CG(rtol=self.rtol, atol=self.atol, max_steps=steps))
+
+    def check_without(self):
+        self.curvature.check_without()
+
+    def without(self, risk, model, factored, jacobian, indices):
+        return self.curvature.without(risk, model, factored, jacobian, indices)
+
+
+class MINRES(AbstractCurvature):
+    """Solves with a curvature by minimal residuals on its products: as `CG`, but for symmetric
+    matrices that may be indefinite or singular.
+
+    With an indefinite curvature influence is still the derivative of a *stationary point*, but
+    self-influence may have either sign (P3 and P5 need H ≻ 0); `diagnose` says so.
+
+    **Source:** Paige & Saunders, "Solution of sparse indefinite systems of linear equations" (1975).
+    """
+
+    curvature: AbstractCurvature
+    rtol: float = eqx.field(default=1e-10, kw_only=True)
+    atol: float = eqx.field(default=0.0, kw_only=True)
+    max_steps: int | None = eqx.field(static=True, default=None, kw_only=True)
+
+    @property
+    def damping(self) -> float:
+        return self.curvature.damping
+
+    def matvec(self, risk, model):
+        return self.curvature.matvec(risk, model)
+
+    def factor(self, risk, model):
+        _check_steps(self.max_steps)
+        steps = 10 * flat_structure(model).size if self.max_steps is None else self.max_steps
+        solver = MinresSolver(rtol=self.rtol, atol=self.atol, max_steps=steps)
+        return Factored(_operator(self.curvature, risk, model), solver)
+
+    def check_without(self):
+        self.curvature.check_without()
+
+    def without(self, risk, model, factored, jacobian, indices):
+        return self.curvature.without(risk, model, factored, jacobian, indices)
+
+
+def _operator(curvature: AbstractCurvature, risk, model) -> lx.FunctionLinearOperator:
+    matvec = curvature.matvec(risk, model)
+    damped = lambda v: matvec(v) + jnp.asarray(curvature.damping, v.dtype) * v
+    # MINRES reads the first tag only; CG needs the second.
+    tags = (lx.symmetric_tag, lx.positive_semidefinite_tag)
+    return lx.FunctionLinearOperator(damped, flat_structure(model), tags)
+
+
+def _check_steps(max_steps: int | None) -> None:
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}. Use None for 10·P.")
+
+
+@eqx.filter_jit
+def _ritz_values(operator, model):
+    theta, _ = ravel(model)
+    start = jr.normal(jr.key(0), theta.shape, theta.dtype)
+    _, alpha, beta = lanczos(operator.mv, start, min(20, theta.size))
+    off = jnp.diag(beta[:-1], 1)
+    return jnp.linalg.eigvalsh(jnp.diag(alpha) + off + off.T)
+
+
+def _check_ritz(operator, model) -> None:
+    ritz = _ritz_values(operator, model)
+    low, high = float(ritz[0]), float(ritz[-1])
+    if not jnp.isfinite(ritz).all():
+        raise ValueError(
+            "A product with the curvature is NaN or infinite: a second derivative of the loss "
+            "overflows at this model. Check the loss for log(0), 0/0 or sqrt(0)."
+        )
+    if low < -1e3 * float(jnp.finfo(ritz.dtype).eps) * abs(high):
+        raise ValueError(
+            f"The curvature is indefinite: it has an eigenvalue of at most {low:.3g} (largest "
+            f"{high:.3g}), and CG needs a positive definite one. Use damping > {-low:.2g}, "
+            "CG(GaussNewton()), MINRES(...) for a saddle point, or train to a minimum."
+        )
+
+
+def residual(factored: AbstractFactored, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """‖v − (H + λI)x‖/‖v‖ of the solve for `v`, and whether the solver met its tolerance."""
+    x, converged = factored.try_solve(v)
+    return jnp.linalg.norm(v - factored.matvec(x)) / jnp.linalg.norm(v), converged

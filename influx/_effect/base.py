@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int, PyTree
+
+if TYPE_CHECKING:
+    from .._influence import Influence
+
+
+class AbstractEffect(eqx.Module):
+    """What a score says: the derivative I(i; m), or the predicted change of m when i is removed."""
+
+    @abc.abstractmethod
+    def prepare(self, f: Influence, query: PyTree[Array]) -> Any:
+        """What one query needs once, whatever the training points."""
+
+    @abc.abstractmethod
+    def columns(
+        self, f: Influence, prepared: Any, indices: Int[Array, " b"] | None
+    ) -> Float[Array, "*c b"]:
+        """One query's scores at some training points (`None`: all)."""

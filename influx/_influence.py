@@ -1,0 +1,114 @@
+"""Influence = risk × response × measurement × scale × effect: the module that transforms rewrite."""
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ._curvature import AbstractCurvature, Hessian
+from ._custom_types import Model, Scores
+from ._effect import AbstractEffect, Derivative
+from ._measurement import AbstractMeasurement, Loss
+from ._misc import check_chunk, chunk_length, chunked_map, dot, ravel, take
+from ._response import AbstractResponse, Implicit
+from ._risk import EmpiricalRisk, validate
+from ._scale import AbstractScale, Unscaled
+
+
+class Influence(eqx.Module):
+    """Influence of every training point on a measurement: call it with queries.
+
+    Made by [`influence`][] and rewritten by the transforms `classification`, `measure`, `relative`,
+    `removal` and `groups`, each of which answers another `Influence` sharing the same factored
+    curvature. A pytree: it may be saved, donated and passed through `jax.jit`.
+    """
+
+    risk: EmpiricalRisk
+    model: Model
+    response: AbstractResponse
+    measurement: AbstractMeasurement
+    scale: AbstractScale
+    effect: AbstractEffect
+    masks: Float[Array, "k n"] | None
+    chunk_size: int | None = eqx.field(static=True)
+
+    def __call__(self, queries: PyTree[Array]) -> Scores:
+        """Scores of all pairs.
+
+        **Arguments:** `queries`: `(inputs, targets)` like the training data, with m rows; for
+        `measure(f, fn)` any pytree of arrays with a leading axis of m.
+
+        **Returns:** [m, n], columns = training points; [m, c, n] for a vector measurement; [m, k] or
+        [m, c, k] for k groups. Unit and sign are those of `influence`, unless a transform changed
+        them. NaN stands only where a relative influence is undefined (0/0).
+
+        **Raises:** `ValueError` for queries that the measurement cannot take.
+        """
+        self.measurement.check(self.risk, self.model, queries)
+        return _scores(self, queries)
+
+    @property
+    def undefined(self) -> Bool[Array, " n"]:
+        """Training points whose relative influence is 0/0, and stands as NaN in the scores."""
+        return self.scale.undefined(self.risk.n)
+
+
+def influence(
+    risk: EmpiricalRisk,
+    model: Model,
+    curvature: AbstractCurvature = Hessian(),  # noqa: B008  (frozen)
+    *,
+    chunk_size: int | None = None,
+) -> Influence:
+    r"""I(i; m) = n · ∂m(θ̂(w))/∂wᵢ = −∇mᵀ (H + λI)⁻¹ gᵢ, with m the loss of a query.
+
+    ```python
+    f = influx.influence(risk, model, influx.Hessian())
+    f((Xq, yq))                     # [m, n]
+    ```
+
+    **Sign.** Positive: training *more* on point i raises m. For a loss: negative is helpful, positive
+    harmful. Removing point i changes m by about −wᵢ I(i; m)/n: see `removal`.
+
+    **Arguments:**
+
+    - `risk`, `model`: what was trained, and its minimiser θ̂. The model is not retrained; whether it
+      is at a minimum, `diagnose` says.
+    - `curvature`: `Hessian`, `GaussNewton`, `Fisher`, `BlockDiagonal`, `Diagonal`, `Identity`, or a
+      solver around one (`CG`, `MINRES`). Formed and factored here, once.
+    - `chunk_size`: examples per chunk of gradients; by default what fits 256 MiB. Scores do not
+      depend on it.
+
+    **Raises:** `ValueError` where risk and model do not fit (see `EmpiricalRisk`), or the curvature is
+    indefinite or singular.
+
+    **Cost:** that of the curvature, once; then, per call, m solves and one pass over the training data.
+
+    **Source:** Koh & Liang, "Understanding Black-box Predictions via Influence Functions",
+    arXiv:1703.04730 (their I_up,loss); Kounavis, Dia & Ramazanli, arXiv:2305.16094.
+    """
+    if not isinstance(curvature, AbstractCurvature):
+        raise ValueError(
+            f"`curvature` must be a curvature such as influx.Hessian(), got {curvature!r}. "
+            "Mind the parentheses: Hessian(), not Hessian."
+        )
+    check_chunk(chunk_size)
+    validate(risk, model)
+    response = Implicit(risk, model, curvature, chunk_size=chunk_size)
+    return Influence(risk, model, response, Loss(), Unscaled(), Derivative(), None, chunk_size)
+
+
+@eqx.filter_jit
+def _scores(f: Influence, queries: PyTree[Array]) -> Scores:
+    def one(query):
+        scores = f.effect.columns(f, f.effect.prepare(f, query), None)
+        return scores if f.masks is None else dot(scores, f.masks.T)
+
+    return chunked_map(one, queries, query_chunk(f, queries))
+
+
+def query_chunk(f: Influence, queries: PyTree[Array], columns: int | None = None) -> int:
+    """How many queries fit the byte budget: each keeps c gradients of P, and c rows of scores."""
+    theta, _ = ravel(f.model)
+    shape = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), take(queries, 0))
+    rows = 2 * theta.size + (f.risk.n if columns is None else columns)
+    return chunk_length(max(1, shape.size) * rows, theta.dtype)

@@ -1,0 +1,259 @@
+"""The model's outputs as a function of its parameters: the Jacobians Aᵢ = ∂outputᵢ/∂θ, whether the
+outputs are affine in θ, and the closed form of a linear head (theory: P12)."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._custom_types import Model
+from ._misc import (
+    chunk_length,
+    chunked_map,
+    chunked_sum,
+    dot,
+    einsum,
+    is_concrete,
+    leading_length,
+    ravel,
+    take,
+)
+from ._risk import EmpiricalRisk
+
+
+class AbstractJacobian(eqx.Module):
+    """The Jacobians Aᵢ ∈ R^{K×P} of n outputs (flattened to K numbers), behind their products.
+
+    The law: with `A` the dense array [n, K, P],
+
+    ```python
+    jacobian.gram(S)     == einsum("nkp,nkl,nlq->pq", A, S, A)
+    jacobian.sandwich(M) == einsum("nkp,pq,nlq->nkl", A, M, A)
+    jacobian.pull(u)     == einsum("nkp,nk->np", A, u)
+    jacobian.push(v)     == einsum("nkp,p->nk", A, v)
+    ```
+    """
+
+    @abc.abstractmethod
+    def gram(self, middle: Float[Array, "n K K"]) -> Float[Array, "P P"]:
+        """Σᵢ Aᵢᵀ Sᵢ Aᵢ."""
+
+    @abc.abstractmethod
+    def sandwich(self, matrix: Float[Array, "P P"]) -> Float[Array, "n K K"]:
+        """Aᵢ M Aᵢᵀ."""
+
+    @abc.abstractmethod
+    def outer(self) -> Float[Array, "n K K"]:
+        """Aᵢ Aᵢᵀ, whose largest eigenvalue is ‖Aᵢ‖₂²."""
+
+    @abc.abstractmethod
+    def pull(self, u: Float[Array, "n K"]) -> Float[Array, "n P"]:
+        """Aᵢᵀ uᵢ."""
+
+    @abc.abstractmethod
+    def push(self, v: Float[Array, " P"]) -> Float[Array, "n K"]:
+        """Aᵢ v."""
+
+    @abc.abstractmethod
+    def push_each(self, v: Float[Array, "n P"]) -> Float[Array, "n K"]:
+        """Aᵢ vᵢ."""
+
+    @abc.abstractmethod
+    def take(self, indices: Int[Array, " k"]) -> "AbstractJacobian":
+        """The Jacobians of some of the examples."""
+
+    def norms(self) -> Float[Array, " n"]:
+        """‖Aᵢ‖₂."""
+        return jnp.sqrt(jnp.linalg.eigvalsh(self.outer())[:, -1])
+
+
+class OutputJacobian(AbstractJacobian):
+    """Jacobians by reverse mode, recomputed chunk by chunk: any model, no [n, K, P] array kept."""
+
+    risk: EmpiricalRisk
+    model: Model
+    inputs: PyTree[Array]
+
+    def _output(self, theta, x):
+        _, rebuild = ravel(self.model)
+        return self.risk.output(rebuild(theta), x).reshape(-1)
+
+    def rows(self, x: PyTree[Array]) -> Float[Array, "K P"]:
+        theta, _ = ravel(self.model)
+        return jax.jacrev(self._output)(theta, x)
+
+    def _chunk(self) -> int:
+        theta, _ = ravel(self.model)
+        K = jax.eval_shape(self._output, theta, take(self.inputs, 0)).size
+        return chunk_length(2 * K * theta.size, theta.dtype)
+
+    def _map(self, fn, *others):
+        return chunked_map(lambda args: fn(*args), (self.inputs, *others), self._chunk())
+
+    def gram(self, middle):
+        def block(args):
+            A = jax.vmap(self.rows)(args[0])
+            SA = einsum("nkl,nlp->nkp", args[1], A)
+            P = A.shape[-1]
+            return dot(A.reshape(-1, P).T, SA.reshape(-1, P))
+
+        return chunked_sum(block, (self.inputs, middle), self._chunk())
+
+    def sandwich(self, matrix):
+        def one(x):
+            A = self.rows(x)
+            return dot(dot(A, matrix), A.T)
+
+        return self._map(one)
+
+    def outer(self):
+        return self._map(lambda x: (lambda A: dot(A, A.T))(self.rows(x)))
+
+    def pull(self, u):
+        theta, _ = ravel(self.model)
+        vjp = lambda x, ui: jax.vjp(lambda t: self._output(t, x), theta)[1](ui)[0]
+        return self._map(vjp, u)
+
+    def push(self, v):
+        theta, _ = ravel(self.model)
+        return self._map(lambda x: jax.jvp(lambda t: self._output(t, x), (theta,), (v,))[1])
+
+    def push_each(self, v):
+        theta, _ = ravel(self.model)
+        jvp = lambda x, vi: jax.jvp(lambda t: self._output(t, x), (theta,), (vi,))[1]
+        return self._map(jvp, v)
+
+    def take(self, indices):
+        return OutputJacobian(self.risk, self.model, take(self.inputs, indices))
+
+
+class HeadJacobian(AbstractJacobian):
+    """Aᵢ = I_K ⊗ h̃ᵢᵀ: a linear layer on features h̃ᵢ (the 1 of a bias included), P = K·d.
+
+    Per-example gradients are outer products ε ⊗ h̃ and H = (1/n) Σ S ⊗ h̃h̃ᵀ + l2: nothing of size
+    [n, P] or [n, K, P] is needed.
+
+    Leaf after leaf, the flat vector holds K rows of `widths[leaf]` parameters: a weight [K, 64] and a
+    bias [K] have widths (64, 1).
+    """
+
+    features: Float[Array, "n d"]
+    outputs: int = eqx.field(static=True)
+    widths: tuple[int, ...] = eqx.field(static=True)
+
+    @property
+    def order(self) -> Int[np.ndarray, "K d"]:
+        """`order[k, j]`: where parameter j of output k stands in the flat vector."""
+        return _head_order(self.outputs, self.widths)
+
+    @property
+    def _inverse_order(self) -> np.ndarray:
+        return np.argsort(self.order.ravel())
+
+    def gram(self, middle):
+        K, d = self.order.shape
+        x = self.features
+
+        def row(s):  # s = S[:, k, :], so that row k of blocks is one matrix product
+            return dot((s[:, :, None] * x[:, None, :]).reshape(-1, K * d).T, x)
+
+        blocks = jax.lax.map(row, jnp.moveaxis(middle, 1, 0)).reshape(K, K, d, d)
+        matrix = jnp.transpose(blocks, (0, 2, 1, 3)).reshape(K * d, K * d)
+        return matrix[np.ix_(self._inverse_order, self._inverse_order)]
+
+    def sandwich(self, matrix):
+        K, d = self.order.shape
+        flat = self.order.ravel()
+        blocks = matrix[np.ix_(flat, flat)].reshape(K, d, K, d)
+
+        def row(block):  # block = M[k, :, :, :]
+            left = dot(self.features, block.reshape(d, K * d)).reshape(-1, K, d)
+            return einsum("nld,nd->nl", left, self.features)
+
+        return jnp.moveaxis(jax.lax.map(row, blocks), 0, 1)
+
+    def outer(self):
+        square = jnp.sum(jnp.square(self.features), axis=1)
+        return square[:, None, None] * jnp.eye(self.order.shape[0], dtype=square.dtype)[None]
+
+    def pull(self, u):
+        outer = u[:, :, None] * self.features[:, None, :]
+        return outer.reshape(u.shape[0], -1)[:, self._inverse_order]
+
+    def push(self, v):
+        return dot(self.features, v[self.order].T)
+
+    def push_each(self, v):
+        return einsum("nkd,nd->nk", v[:, self.order], self.features)
+
+    def take(self, indices):
+        return HeadJacobian(self.features[indices], self.outputs, self.widths)
+
+
+def is_affine(risk: EmpiricalRisk, model: Model) -> bool:
+    """Whether the outputs are affine in the parameters, read off the program, not the layers' names.
+
+    An affine map is one that JAX can transpose; the transpose is traced, never run.
+    """
+    theta, rebuild = ravel(model)
+    x = take(risk.data[0], 0)
+    output = lambda t: risk.output(rebuild(t), x)
+    shape = jax.eval_shape(output, theta)
+    if not isinstance(shape, jax.ShapeDtypeStruct):
+        return False
+    try:
+        jax.eval_shape(lambda ct: jax.linear_transpose(output, theta)(ct), shape)
+    except (NotImplementedError, TypeError, ValueError, AssertionError, KeyError):
+        return False
+    return True
+
+
+def output_jacobian(risk: EmpiricalRisk, model: Model, inputs=None) -> AbstractJacobian:
+    """The Jacobians of the outputs at `inputs` (the training inputs by default), as a head's where
+    they have exactly its structure on every one of them."""
+    inputs = risk.data[0] if inputs is None else inputs
+    general = OutputJacobian(risk, model, inputs)
+    layout = _head_layout(risk, model)
+    if layout is None or not is_concrete((risk, model, inputs)) or not is_affine(risk, model):
+        return general
+    is_head, features = _head_features(general, *layout)
+    return HeadJacobian(features, *layout) if bool(is_head) else general
+
+
+def _head_layout(risk: EmpiricalRisk, model: Model) -> tuple[int, tuple[int, ...]] | None:
+    """K and the widths, where every leaf has the K outputs as its first axis."""
+    output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
+    if not isinstance(output, jax.ShapeDtypeStruct) or len(output.shape) > 1:
+        return None
+    K = int(np.prod(output.shape))
+    leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
+    if any(leaf.ndim == 0 or leaf.shape[0] != K for leaf in leaves):
+        return None
+    return K, tuple(leaf.size // K for leaf in leaves)
+
+
+def _head_order(K: int, widths: tuple[int, ...]) -> Int[np.ndarray, "K d"]:
+    starts = K * np.cumsum((0, *widths[:-1]))
+    blocks = [s + np.arange(K * w).reshape(K, w) for s, w in zip(starts, widths)]
+    return np.concatenate(blocks, axis=1)
+
+
+@eqx.filter_jit
+def _head_features(general: OutputJacobian, K: int, widths: tuple[int, ...]):
+    """Row k of A is the features at output k's parameters and 0 elsewhere, the same for every k."""
+    order = _head_order(K, widths)
+
+    def one(x):
+        blocks = general.rows(x)[:, order]  # [K, K, d]
+        features = blocks[0, 0]
+        expected = jnp.eye(K, dtype=features.dtype)[:, :, None] * features[None, None, :]
+        return jnp.all(blocks == expected), features
+
+    n = leading_length(general.inputs)
+    chunk = min(n, chunk_length(3 * K * order.size, jnp.float64))
+    is_head, features = chunked_map(one, general.inputs, chunk)
+    return jnp.all(is_head), features

@@ -1,0 +1,9 @@
+from .base import AbstractMeasurement as AbstractMeasurement
+from .base import AbstractOutputMeasurement as AbstractOutputMeasurement
+from .base import MeasurementConstants as MeasurementConstants
+from .base import check_class as check_class
+from .custom import Custom as Custom
+from .logit import Logit as Logit
+from .loss import Loss as Loss
+from .margin import Margin as Margin
+from .probability import Probability as Probability

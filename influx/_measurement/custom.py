@@ -1,0 +1,39 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .._misc import take
+from .._risk import check_axes
+from .base import AbstractMeasurement
+
+
+class Custom(AbstractMeasurement):
+    """m = fn(model, query), any differentiable function of the *whole* model and one query."""
+
+    fn: Callable[[Any, Any], Any]
+
+    def __call__(self, risk, model, query):
+        return self.fn(risk.whole(model), query)
+
+    def check(self, risk, model, queries):
+        check_axes(queries, "queries")
+        shape = eqx.filter_eval_shape(lambda m, q: self(risk, m, q), model, take(queries, 0))
+        if not isinstance(shape, jax.ShapeDtypeStruct) or len(shape.shape) > 1:
+            raise ValueError(
+                "A measurement is a scalar or a vector per query, got "
+                f"{shape}. Return `jnp.ravel(...)` of what you measure."
+            )
+        if not jnp.issubdtype(shape.dtype, jnp.floating):
+            raise ValueError(
+                f"A measurement must be a real number, got dtype {shape.dtype}: a decision has no "
+                "derivative. Measure a logit, a probability or a margin instead."
+            )
+
+    def constants(self, risk, model):
+        raise ValueError(
+            "A custom measurement has no known bounds, so nothing about it can be certified. "
+            'Use the loss, or `influx.classification(f, "margin" | "probability" | "logit")`.'
+        )

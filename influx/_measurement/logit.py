@@ -1,0 +1,16 @@
+import equinox as eqx
+
+from .base import AbstractOutputMeasurement, MeasurementConstants, select_class, softmax_logits
+
+
+class Logit(AbstractOutputMeasurement):
+    """m = z_c(x) for every class c, [C], or for one."""
+
+    class_: int | None = eqx.field(static=True, default=None)
+
+    def of_output(self, loss, output, target):
+        return select_class(softmax_logits(loss, output), self.class_)
+
+    def bounds(self, loss, output):
+        loss.constants(output)  # refuses losses whose logits are any function of the output
+        return MeasurementConstants(1.0, 0.0)

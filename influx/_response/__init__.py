@@ -1,0 +1,2 @@
+from .base import AbstractResponse as AbstractResponse
+from .implicit import Implicit as Implicit

@@ -1,0 +1,49 @@
+import abc
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int
+
+
+class AbstractResponse(eqx.Module):
+    """R = ∂θ̂/∂w, how the trained parameters move when data weights move, behind its products.
+
+    Influence is n times a product with it, so that its unit does not shrink as data grows. Products
+    are taken in two steps, so that the columns (training points) may be asked for in chunks:
+
+    ```python
+    response.columns(response.prepare(V), indices) == response.pull(V)[:, indices]
+    ```
+    """
+
+    @abc.abstractmethod
+    def prepare(self, vectors: Float[Array, "k P"]) -> Any:
+        """What the rows v need once, whatever the columns (for an implicit response, H⁻¹v)."""
+
+    @abc.abstractmethod
+    def columns(self, prepared: Any, indices: Int[Array, " b"] | None) -> Float[Array, "k b"]:
+        """n · vᵀR at some training points (`None`: all): the influences I(i; m) where v = ∇m."""
+
+    @abc.abstractmethod
+    def quadratic(self, vectors: Float[Array, "k P"]) -> Float[Array, " k"]:
+        """vᵀH⁻¹v for each row; `ValueError` where the response has no curvature."""
+
+    @abc.abstractmethod
+    def map_solved(self, fn) -> Any:
+        """`fn(gᵢ, H⁻¹gᵢ)` stacked over the training points."""
+
+    @abc.abstractmethod
+    def check_displace(self) -> None:
+        """Raise `ValueError` where `displace` is not defined."""
+
+    @abc.abstractmethod
+    def displace(self, indices: Int[Array, " b"]) -> Float[Array, "b P"]:
+        """Δθᵢ = −H₋ᵢ⁻¹∇J₋ᵢ(θ̂): one Newton step without point i, from θ̂ (P10)."""
+
+    @abc.abstractmethod
+    def settle(self) -> Float[Array, " P"]:
+        """δ₀ = −H⁻¹∇J(θ̂): the Newton step with every point kept; 0 at a stationary point."""
+
+    def pull(self, vectors: Float[Array, "k P"]) -> Float[Array, "k n"]:
+        """n · vᵀR for each row v."""
+        return self.columns(self.prepare(vectors), None)

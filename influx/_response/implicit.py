@@ -1,0 +1,66 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .._curvature import AbstractCurvature, AbstractFactored
+from .._custom_types import Model
+from .._gradients import map_gradients, risk_gradient
+from .._jacobian import AbstractJacobian, output_jacobian
+from .._misc import dot, take
+from .._risk import EmpiricalRisk
+from .base import AbstractResponse
+
+
+class Implicit(AbstractResponse):
+    """R = −(1/n) H⁻¹ [g_1 … g_n], by the implicit function theorem at θ̂ (theory: §2).
+
+    Holds the curvature factored once. Per-example gradients are recomputed a chunk at a time.
+    """
+
+    risk: EmpiricalRisk
+    model: Model
+    curvature: AbstractCurvature
+    factored: AbstractFactored
+    jacobian: AbstractJacobian | None
+    chunk_size: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        model: Model,
+        curvature: AbstractCurvature,
+        *,
+        chunk_size: int | None = None,
+    ):
+        self.risk, self.model, self.curvature = risk, model, curvature
+        self.factored = curvature.factor(risk, model)
+        self.chunk_size = chunk_size
+        output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
+        is_array = isinstance(output, jax.ShapeDtypeStruct)
+        self.jacobian = output_jacobian(risk, model) if is_array else None
+
+    def prepare(self, vectors):
+        return jax.vmap(self.factored.solve)(vectors)
+
+    def columns(self, prepared, indices):
+        data = self.risk.data if indices is None else take(self.risk.data, indices)
+        products = self._map_gradients(lambda g: dot(prepared, g), data)
+        return -jnp.transpose(products)
+
+    def quadratic(self, vectors):
+        return jnp.sum(vectors * self.prepare(vectors), axis=1)
+
+    def map_solved(self, fn):
+        return self._map_gradients(lambda g: fn(g, self.factored.solve(g)), self.risk.data)
+
+    def check_displace(self):
+        self.curvature.check_without()
+
+    def displace(self, indices):
+        return self.curvature.without(self.risk, self.model, self.factored, self.jacobian, indices)
+
+    def settle(self):
+        return -self.factored.solve(risk_gradient(self.risk, self.model))
+
+    def _map_gradients(self, fn, data):
+        return map_gradients(fn, self.risk, self.model, data, chunk_size=self.chunk_size)

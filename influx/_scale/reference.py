@@ -1,0 +1,35 @@
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from .base import AbstractScale, nan_ratio
+
+
+class Reference(AbstractScale):
+    """Divides by I(r; m), with its sign, of a reference point r or of a group of them (their sum).
+
+    A score of 1 is "as much as the reference, in the same direction". Where I(r; m) = 0 the whole row
+    of that measurement is undefined and stands as NaN.
+    """
+
+    points: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, points):
+        chosen = np.atleast_1d(np.asarray(points))
+        if chosen.ndim != 1 or chosen.size == 0 or not np.issubdtype(chosen.dtype, np.integer):
+            raise ValueError(
+                "`Reference` takes the index of a training point, or several, got "
+                f"{points!r}. For instance `Reference(3)` or `Reference([3, 7])`."
+            )
+        self.points = tuple(chosen.tolist())
+
+    def divide(self, scores, indices, quadratic, columns):
+        reference = jnp.sum(columns(jnp.asarray(self.points)), axis=1, keepdims=True)
+        return nan_ratio(scores, reference)
+
+    def undefined(self, n):
+        return jnp.zeros((n,), bool)
+
+    def check(self, n):
+        if min(self.points) < 0 or max(self.points) >= n:
+            raise ValueError(f"`Reference` points run from 0 to {n - 1}, got {list(self.points)}.")

@@ -1,0 +1,42 @@
+from dataclasses import replace
+from typing import Literal
+
+from .._effect import FirstOrder, Newton
+from .._influence import Influence
+from .._scale import Unscaled
+
+
+def removal(f: Influence, kind: Literal["first-order", "newton"] = "first-order") -> Influence:
+    """The predicted change of the measurement when a training point is erased, m(θ̂₋ᵢ) − m(θ̂).
+
+    - `"first-order"`: −wᵢ I(i; m)/n. Any curvature. Error O(1/n²).
+    - `"newton"`: m(θ̂ + Δθᵢ) − m(θ̂ + δ₀), with Δθᵢ one Newton step of the risk without point i
+      (Woodbury, so that a point's leverage is exact) and m evaluated there, not linearised. Exact
+      where J is quadratic. Hessian and GaussNewton, also inside CG or MINRES.
+
+    **Sign and unit.** Positive: removing the point *raises* m; opposite in sign to influence, and
+    smaller by n. Removal erases: 1/n and l2 stay what they were.
+
+    **Raises:** `ValueError` for an unknown kind, for a relative or grouped `f` (a scale has no meaning
+    for a removal, and a group is no single Newton step), and for "newton" with a curvature that does
+    not say what one point adds to it.
+
+    **Source:** Koh & Liang, arXiv:1703.04730 (first order); Pregibon, "Logistic regression
+    diagnostics" (1981) and Beirami et al., arXiv:1711.05323 (one Newton step).
+    """
+    effects = {"first-order": FirstOrder, "newton": Newton}
+    if kind not in effects:
+        raise ValueError(f'`kind` must be "first-order" or "newton", got {kind!r}.')
+    if not isinstance(f.scale, Unscaled):
+        raise ValueError(
+            "The predicted change on removal has a unit of its own and no relative form. Use "
+            "`removal(influence(...), kind)`, or `relative(f, kind)` without `removal`."
+        )
+    if kind == "newton":
+        f.response.check_displace()
+        if f.masks is not None:
+            raise ValueError(
+                "A Newton step removes single points. For groups use "
+                '`removal(groups(f, masks), "first-order")`, or retrain with `leave_subset_out`.'
+            )
+    return replace(f, effect=effects[kind]())
