@@ -1,5 +1,7 @@
 """Influence functions, memorization and certified removal for JAX and Equinox models."""
 
+from ._certify import Certificate as Certificate
+from ._certify import certify as certify
 from ._curvature import CG as CG
 from ._curvature import MINRES as MINRES
 from ._curvature import BlockDiagonal as BlockDiagonal
@@ -14,12 +16,20 @@ from ._loss import BinaryCrossEntropy as BinaryCrossEntropy
 from ._loss import CustomLoss as CustomLoss
 from ._loss import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from ._loss import SquaredError as SquaredError
+from ._memorization import LABELS as LABELS
+from ._memorization import Memorization as Memorization
+from ._memorization import memorization as memorization
 from ._restriction import restrict as restrict
 from ._risk import EmpiricalRisk as EmpiricalRisk
 from ._scale import Reference as Reference
+from ._top_k import TopK as TopK
+from ._top_k import top_k as top_k
 from ._transform import classification as classification
 from ._transform import groups as groups
 from ._transform import measure as measure
 from ._transform import relative as relative
 from ._transform import removal as removal
 from ._transform import self_influence as self_influence
+from ._value import VERDICTS as VERDICTS
+from ._value import Value as Value
+from ._value import value as value

@@ -21,8 +21,8 @@ def risk_gradient(risk: EmpiricalRisk, model: Model, weights=None) -> Float[Arra
 
 
 def map_gradients(fn, risk: EmpiricalRisk, model: Model, data=None, *, chunk_size=None):
-    """`fn(gᵢ)` stacked over the examples of `data` (the training data by default)."""
+    """`fn(zᵢ, gᵢ)` stacked over the examples of `data` (the training data by default)."""
     data = risk.data if data is None else data
     theta, _ = ravel(model)
     chunk = chunk_length(4 * theta.size, theta.dtype, chunk_size)
-    return chunked_map(lambda z: fn(example_gradient(risk, model, z)), data, chunk)
+    return chunked_map(lambda z: fn(z, example_gradient(risk, model, z)), data, chunk)

@@ -35,6 +35,7 @@ class AbstractJacobian(eqx.Module):
     jacobian.sandwich(M) == einsum("nkp,pq,nlq->nkl", A, M, A)
     jacobian.pull(u)     == einsum("nkp,nk->np", A, u)
     jacobian.push(v)     == einsum("nkp,p->nk", A, v)
+    jacobian.energy(s, V) == einsum("n,kp,ncp,ncq,kq->k", s, V, A, A, V)
     ```
     """
 
@@ -63,12 +64,16 @@ class AbstractJacobian(eqx.Module):
         """Aᵢ vᵢ."""
 
     @abc.abstractmethod
+    def energy(self, s: Float[Array, " n"], vectors: Float[Array, "k P"]) -> Float[Array, " k"]:
+        """Σᵢ sᵢ ‖Aᵢv‖² for each row v, through the [P, P] (or [d, d]) matrix of the form."""
+
+    @abc.abstractmethod
     def take(self, indices: Int[Array, " k"]) -> "AbstractJacobian":
         """The Jacobians of some of the examples."""
 
+    @abc.abstractmethod
     def norms(self) -> Float[Array, " n"]:
         """‖Aᵢ‖₂."""
-        return jnp.sqrt(jnp.linalg.eigvalsh(self.outer())[:, -1])
 
 
 class OutputJacobian(AbstractJacobian):
@@ -86,10 +91,13 @@ class OutputJacobian(AbstractJacobian):
         theta, _ = ravel(self.model)
         return jax.jacrev(self._output)(theta, x)
 
+    def _outputs(self) -> int:
+        theta, _ = ravel(self.model)
+        return jax.eval_shape(self._output, theta, take(self.inputs, 0)).size
+
     def _chunk(self) -> int:
         theta, _ = ravel(self.model)
-        K = jax.eval_shape(self._output, theta, take(self.inputs, 0)).size
-        return chunk_length(2 * K * theta.size, theta.dtype)
+        return chunk_length(2 * self._outputs() * theta.size, theta.dtype)
 
     def _map(self, fn, *others):
         return chunked_map(lambda args: fn(*args), (self.inputs, *others), self._chunk())
@@ -113,6 +121,9 @@ class OutputJacobian(AbstractJacobian):
     def outer(self):
         return self._map(lambda x: (lambda A: dot(A, A.T))(self.rows(x)))
 
+    def norms(self):
+        return jnp.sqrt(jnp.linalg.eigvalsh(self.outer())[:, -1])
+
     def pull(self, u):
         theta, _ = ravel(self.model)
         vjp = lambda x, ui: jax.vjp(lambda t: self._output(t, x), theta)[1](ui)[0]
@@ -126,6 +137,11 @@ class OutputJacobian(AbstractJacobian):
         theta, _ = ravel(self.model)
         jvp = lambda x, vi: jax.jvp(lambda t: self._output(t, x), (theta,), (vi,))[1]
         return self._map(jvp, v)
+
+    def energy(self, s, vectors):
+        K = self._outputs()
+        matrix = self.gram(s[:, None, None] * jnp.eye(K, dtype=s.dtype)[None])
+        return jnp.sum(dot(vectors, matrix) * vectors, axis=1)
 
     def take(self, indices):
         return OutputJacobian(self.risk, self.model, take(self.inputs, indices))
@@ -178,7 +194,10 @@ class HeadJacobian(AbstractJacobian):
 
     def outer(self):
         square = jnp.sum(jnp.square(self.features), axis=1)
-        return square[:, None, None] * jnp.eye(self.order.shape[0], dtype=square.dtype)[None]
+        return square[:, None, None] * jnp.eye(self.outputs, dtype=square.dtype)[None]
+
+    def norms(self):
+        return jnp.linalg.norm(self.features, axis=1)
 
     def pull(self, u):
         outer = u[:, :, None] * self.features[:, None, :]
@@ -189,6 +208,12 @@ class HeadJacobian(AbstractJacobian):
 
     def push_each(self, v):
         return einsum("nkd,nd->nk", v[:, self.order], self.features)
+
+    def energy(self, s, vectors):
+        K, d = self.order.shape
+        form = dot(self.features.T, s[:, None] * self.features)
+        rows = vectors[:, self.order].reshape(-1, d)
+        return jnp.sum((dot(rows, form) * rows).reshape(-1, K * d), axis=1)
 
     def take(self, indices):
         return HeadJacobian(self.features[indices], self.outputs, self.widths)

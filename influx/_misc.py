@@ -75,6 +75,19 @@ def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
     return total
 
 
+def map_blocks(fn, n: int, chunk: int) -> PyTree:
+    """`fn(indices)` for consecutive blocks of at most `chunk` of 0…n−1, joined again."""
+    if chunk >= n:
+        return fn(jnp.arange(n))
+    full = n // chunk
+    blocks = jax.lax.map(fn, jnp.arange(full * chunk).reshape(full, chunk))
+    joined = jtu.tree_map(lambda x: x.reshape(full * chunk, *x.shape[2:]), blocks)
+    if full * chunk == n:
+        return joined
+    rest = fn(jnp.arange(full * chunk, n))
+    return jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), joined, rest)
+
+
 def check_damping(damping) -> float:
     """A damping λ is a number at least zero."""
     if isinstance(damping, jax.core.Tracer):

@@ -30,7 +30,7 @@ class AbstractResponse(eqx.Module):
 
     @abc.abstractmethod
     def map_solved(self, fn) -> Any:
-        """`fn(gᵢ, H⁻¹gᵢ)` stacked over the training points."""
+        """`fn(zᵢ, gᵢ, H⁻¹gᵢ)` stacked over the training points."""
 
     @abc.abstractmethod
     def check_displace(self) -> None:
@@ -39,6 +39,12 @@ class AbstractResponse(eqx.Module):
     @abc.abstractmethod
     def displace(self, indices: Int[Array, " b"]) -> Float[Array, "b P"]:
         """Δθᵢ = −H₋ᵢ⁻¹∇J₋ᵢ(θ̂): one Newton step without point i, from θ̂ (P10)."""
+
+    @abc.abstractmethod
+    def linearised_slopes(
+        self, indices: Int[Array, " b"], steps: Float[Array, "b P"]
+    ) -> Float[Array, "b P"]:
+        """∇J₋ᵢ(θ̂) + H₋ᵢ stepᵢ, undamped: what a Newton step without point i leaves to first order."""
 
     @abc.abstractmethod
     def settle(self) -> Float[Array, " P"]:

@@ -3,10 +3,11 @@ import jax
 import jax.numpy as jnp
 
 from .._curvature import AbstractCurvature, AbstractFactored
+from .._curvature.woodbury import output_terms
 from .._custom_types import Model
 from .._gradients import map_gradients, risk_gradient
 from .._jacobian import AbstractJacobian, output_jacobian
-from .._misc import dot, take
+from .._misc import dot, einsum, take
 from .._risk import EmpiricalRisk
 from .base import AbstractResponse
 
@@ -44,20 +45,31 @@ class Implicit(AbstractResponse):
 
     def columns(self, prepared, indices):
         data = self.risk.data if indices is None else take(self.risk.data, indices)
-        products = self._map_gradients(lambda g: dot(prepared, g), data)
+        products = self._map_gradients(lambda _, g: dot(prepared, g), data)
         return -jnp.transpose(products)
 
     def quadratic(self, vectors):
         return jnp.sum(vectors * self.prepare(vectors), axis=1)
 
     def map_solved(self, fn):
-        return self._map_gradients(lambda g: fn(g, self.factored.solve(g)), self.risk.data)
+        solved = lambda z, g: fn(z, g, self.factored.solve(g))
+        return self._map_gradients(solved, self.risk.data)
 
     def check_displace(self):
         self.curvature.check_without()
 
     def displace(self, indices):
         return self.curvature.without(self.risk, self.model, self.factored, self.jacobian, indices)
+
+    def linearised_slopes(self, indices, steps):
+        terms = output_terms(self.risk, self.model, self.jacobian, indices)
+        curved = terms.residual + einsum(
+            "kab,kb->ka", terms.hessian, terms.jacobian.push_each(steps)
+        )
+        lost = terms.jacobian.pull(terms.share[:, None] * curved)
+        damping = jnp.asarray(self.curvature.damping, steps.dtype)
+        kept = jax.vmap(self.factored.matvec)(steps) - damping * steps
+        return risk_gradient(self.risk, self.model)[None] + kept - lost
 
     def settle(self):
         return -self.factored.solve(risk_gradient(self.risk, self.model))

@@ -5,9 +5,9 @@ from .._response import AbstractResponse
 from .base import AbstractScale, nan_ratio
 
 _SIZES = {
-    "loss": lambda g, x: jnp.sqrt(jnp.vdot(g, x)),
-    "parameters": lambda g, x: jnp.linalg.norm(x),
-    "self": lambda g, x: jnp.vdot(g, x),
+    "loss": lambda _, g, x: jnp.sqrt(jnp.vdot(g, x)),
+    "parameters": lambda _, g, x: jnp.linalg.norm(x),
+    "self": lambda _, g, x: jnp.vdot(g, x),
 }
 
 

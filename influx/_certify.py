@@ -1,0 +1,327 @@
+"""Enclosures of what retraining would give, without retraining (theory: P11)."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._gradients import risk_gradient
+from ._influence import Influence
+from ._jacobian import AbstractJacobian, is_affine, output_jacobian
+from ._loss import LossConstants
+from ._measurement import Margin
+from ._memorization import memorization_label
+from ._misc import einsum, map_blocks, ravel, take
+from ._risk import class_logits_shape
+from ._scale import Unscaled
+
+# Retrained models at a time: their outputs on the training data should stay in cache.
+_CACHE_BYTES = 12 * 2**20
+
+
+class Certificate(eqx.Module):
+    """Guaranteed enclosures, `lower` ≤ truth ≤ `upper`.
+
+    - without queries: the truth is γᵢ(θ̂₋ᵢ), each point's margin without it, [k]; `certified` where
+      the enclosure decides the memorization label, and `label` is that label (0 generalized upon, 1
+      memorized, 2 not fitted; where not certified, the label of the predicted margins)
+    - with queries: the truth is the change m(θ̂₋ᵢ) − m(θ̂), shaped like `f(queries)`; `certified` where
+      its sign is decided, and `label` is `None`
+
+    `radius` bounds ‖θ̂₋ᵢ − θ̃ᵢ‖₂, the distance of the true retrained parameters from those predicted.
+    """
+
+    lower: Float[Array, "*shape"]
+    upper: Float[Array, "*shape"]
+    certified: Bool[Array, "*shape"]
+    radius: Float[Array, " k"]
+    label: Int[Array, " k"] | None
+
+
+def certify(
+    f: Influence,
+    queries: PyTree[Array] | None = None,
+    *,
+    indices: Int[Array, " k"] | None = None,
+    tier: Literal[1, 2] = 1,
+    mean: bool = False,
+    refine: int = 0,
+) -> Certificate:
+    r"""Enclose the retrained truth of each training point's removal, without retraining.
+
+    With J₋ᵢ μ-strongly convex, for any θ̃: ‖θ̂₋ᵢ − θ̃‖ ≤ r = ‖∇J₋ᵢ(θ̃)‖/μ, so that
+
+        m(θ̂₋ᵢ) ∈ m(θ̃) ± min(L r, ‖∇m(θ̃)‖ r + ½βr²),
+
+    L and β the Lipschitz and smoothness constants of m in θ. θ̃ is one Newton step without the point,
+    and μ = min l2. Everything is relative to the exact minimisers: that θ̂ itself is trained only so
+    far is part of the enclosure.
+
+    ```python
+    influx.certify(f)                              # each point's margin without it, and its label
+    influx.certify(f, heldout, mean=True)          # the change of the mean held-out loss
+    influx.certify(influx.classification(f, "margin"), queries)
+    ```
+
+    **Arguments:**
+
+    - `queries`: what is measured by `f`'s measurement; `None`: each point's own margin.
+    - `indices`: the training points concerned; all by default.
+    - `tier`: 1 evaluates ∇J₋ᵢ(θ̃ᵢ), n example gradients per point. 2 bounds it through the third
+      derivative, ‖∇J₋ᵢ(θ̃)‖ ≤ ‖∇J₋ᵢ(θ̂) + H₋ᵢΔᵢ‖ + ½ Δᵢᵀ [(t/n) Σ wⱼ‖Aⱼ‖AⱼᵀAⱼ] Δᵢ: no pass over the
+      data per point, and wider.
+    - `mean`: enclose the mean over the queries, as one measurement.
+    - `refine`: further chord steps θ̃ ← θ̃ − H⁻¹∇J₋ᵢ(θ̃), one gradient each (tier 1 only). One of
+      them decides most signs of a held-out change.
+
+    A rounding term is added to every radius. The upper end of a margin is capped by P3:
+    γᵢ(θ̂₋ᵢ) ≤ γᵢ(θ̂) for hard labels.
+
+    **Raises:** `ValueError` unless the outputs are affine in the kept parameters, l2 > 0 on every one
+    of them, the arithmetic is float64, the loss and measurement have known bounds, and the curvature
+    is a Hessian or Gauss–Newton matrix.
+
+    **Cost:** one Newton step per point, and at tier 1 (1 + refine) gradients of J₋ᵢ.
+
+    **Source:** the strong-convexity bound is classical; for certified removal see Guo, Goldstein,
+    Hannun & van der Maaten, arXiv:1911.03030. Tiers and constants are this project's (P11).
+    """
+    _check(f, tier, refine)
+    indices = _checked_indices(f, indices)
+    if queries is None:
+        if mean:
+            raise ValueError("`mean=True` averages over queries: pass them.")
+        class_logits_shape(f.risk, f.model)
+        return _own_margins(f, indices, tier, refine)
+    f.measurement.check(f.risk, f.model, queries)
+    jacobian = output_jacobian(f.risk, f.model, queries[0])
+    return _changes(f, queries, jacobian, indices, tier, refine, mean)
+
+
+def _check(f: Influence, tier: int, refine: int) -> None:
+    if tier not in (1, 2):
+        raise ValueError(f"`tier` must be 1 or 2, got {tier!r}.")
+    if refine < 0 or (tier == 2 and refine > 0):
+        raise ValueError(
+            f"`refine` counts chord steps, 0 or more, and each evaluates a gradient, which tier 2 "
+            f"never does; got refine={refine} at tier={tier}. Use tier=1."
+        )
+    if not isinstance(f.scale, Unscaled) or f.masks is not None:
+        raise ValueError(
+            "`certify` encloses removals of single points: use `f` without `relative` or `groups`."
+        )
+    f.response.check_displace()
+    theta, _ = ravel(f.model)
+    if theta.dtype != jnp.float64:
+        raise ValueError(
+            f"A certificate needs float64, the parameters are {theta.dtype}. Enable it with "
+            '`jax.config.update("jax_enable_x64", True)` and convert model and data.'
+        )
+    if not is_affine(f.risk, f.model):
+        raise ValueError(
+            "A certificate needs outputs that are affine in the parameters, and these are not. Restrict "
+            "to the last layer: `risk, model = influx.restrict(risk, model, lambda m: m.layers[-1])`."
+        )
+    low = float(jnp.min(f.risk.l2_vector(f.model)))
+    if not low > 0:
+        raise ValueError(
+            "A certificate needs l2 > 0 on every kept parameter (it is the strong convexity), and some "
+            "have 0. Give them a small l2, or freeze them with `influx.restrict`."
+        )
+    f.measurement.constants(f.risk, f.model)
+
+
+def _checked_indices(f: Influence, indices) -> Int[Array, " k"]:
+    if indices is None:
+        return jnp.arange(f.risk.n)
+    indices = jnp.asarray(indices)
+    wrong_kind = indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer)
+    if wrong_kind or indices.size == 0 or int(indices.min()) < 0 or int(indices.max()) >= f.risk.n:
+        raise ValueError(
+            f"`indices` must be a list of training points between 0 and {f.risk.n - 1}, got {indices}."
+        )
+    return indices
+
+
+def _constants(f: Influence) -> LossConstants:
+    output = eqx.filter_eval_shape(f.risk.output, f.model, take(f.risk.data[0], 0))
+    return f.risk.loss.constants(output)
+
+
+def removal_radii(
+    f: Influence, indices: Int[Array, " k"], tier: int, refine: int
+) -> tuple[Float[Array, "k P"], Float[Array, " k"]]:
+    """θ̃ᵢ − θ̂, and rᵢ ≥ ‖θ̂₋ᵢ − θ̃ᵢ‖ (P11)."""
+    steps = f.response.displace(indices)
+    mu = jnp.min(f.risk.l2_vector(f.model))
+    if tier == 2:
+        slope = _slope_bound(f, indices, steps)
+    else:
+        steps, slope = _slopes(f, indices, steps, refine)
+    return steps, (slope + _rounding(f, steps)) / mu
+
+
+def _slopes(f: Influence, indices, steps, refine: int):
+    """‖∇J₋ᵢ(θ̃ᵢ)‖ evaluated, after `refine` chord steps."""
+    theta, rebuild = ravel(f.model)
+
+    def gradient(i, step):
+        weights = f.risk.weights.at[i].set(0)
+        return risk_gradient(f.risk, rebuild(theta + step), weights)
+
+    def chunk(places):
+        i, step = indices[places], steps[places]
+        for _ in range(refine):
+            step = step - f.response.prepare(jax.vmap(gradient)(i, step))
+        return step, jnp.linalg.norm(jax.vmap(gradient)(i, step), axis=1)
+
+    output = jax.eval_shape(f.risk.output, f.model, take(f.risk.data[0], 0))
+    rows = max(1, _CACHE_BYTES // (8 * f.risk.n * output.size))
+    return map_blocks(chunk, indices.size, min(indices.size, rows))
+
+
+def _slope_bound(f: Influence, indices, steps) -> Float[Array, " k"]:
+    """‖∇J₋ᵢ(θ̂) + H₋ᵢΔᵢ‖ + ½ Δᵢᵀ [(t/n) Σ wⱼ‖Aⱼ‖AⱼᵀAⱼ] Δᵢ, no pass over the data per point."""
+    linear = f.response.linearised_slopes(indices, steps)
+    share = _constants(f).third * f.risk.weights / f.risk.n
+    jacobian = f.response.jacobian
+    return jnp.linalg.norm(linear, axis=1) + 0.5 * jacobian.energy(share * jacobian.norms(), steps)
+
+
+def _rounding(f: Influence, steps) -> Float[Array, " k"]:
+    """A bound on the rounding error of a computed ∇J₋ᵢ(θ̃ᵢ), in norm.
+
+    A sum of N terms is wrong by at most N·u times the sum of their sizes, u the unit roundoff. The
+    terms are the n example gradients (sizes at most ‖Aⱼ‖·‖∂ℓⱼ‖) and l2·θ; the outputs behind ∂ℓⱼ are
+    themselves inner products of length P, and their error enters through the loss's smoothness. The
+    few roundings inside the loss are covered by the constant 64.
+    """
+    theta, _ = ravel(f.model)
+    norms, smooth = f.response.jacobian.norms(), _constants(f).smoothness
+    at_output = lambda z: jnp.linalg.norm(
+        jax.grad(lambda o: f.risk.loss(o, z[1]))(f.risk.output(f.model, z[0]))
+    )
+    residual = jax.vmap(at_output)(f.risk.data)
+    unit = jnp.finfo(theta.dtype).eps / 2
+    length = jnp.linalg.norm(theta) + jnp.linalg.norm(steps, axis=1)
+    l2 = jnp.max(f.risk.l2_vector(f.model))
+    slopes = f.risk.mean(norms * residual)
+    curved = f.risk.mean(smooth * norms**2) * length
+    terms = f.risk.n + 64
+    return unit * (terms * (slopes + curved) + theta.size * curved + 4 * l2 * length)
+
+
+class _Sphere(eqx.Module):
+    """m on a ball: its value at the centre, and how far it can be from it within radius r."""
+
+    value: Array
+    slope: Array
+    lipschitz: Array
+    smoothness: Array
+
+    def error(self, radius: Array) -> Array:
+        local = self.slope * radius + 0.5 * self.smoothness * radius**2
+        return jnp.minimum(_product(self.lipschitz, radius), local)
+
+
+def _product(lipschitz, radius):
+    """L·r, infinite for an infinite L even at r = 0."""
+    return jnp.where(jnp.isfinite(lipschitz), lipschitz * radius, jnp.inf)
+
+
+def _sphere(f: Influence, measurement, step, query, outer, norm) -> _Sphere:
+    """One query's measurement at θ̂ + step; `outer` is A Aᵀ of its output, `norm` is ‖A‖₂."""
+    theta, rebuild = ravel(f.model)
+    x, y = query
+    output = f.risk.output(rebuild(theta + step), x)
+    of_output = lambda o: measurement.of_output(f.risk.loss, o.reshape(output.shape), y)
+    flat = output.reshape(-1)
+    rows = jax.jacrev(of_output)(flat)
+    slope = jnp.sqrt(jnp.maximum(einsum("...k,kl,...l->...", rows, outer, rows), 0))
+    bounds = measurement.constants(f.risk, f.model)
+    return _Sphere(of_output(flat), slope, bounds.lipschitz * norm, bounds.smoothness * norm**2)
+
+
+def _mean_sphere(f: Influence, step, queries, norms) -> _Sphere:
+    """The mean of a scalar measurement over queries at θ̂ + step; `norms` are their ‖A‖."""
+    theta, rebuild = ravel(f.model)
+
+    def average(t):
+        return jnp.mean(jax.vmap(lambda q: f.measurement(f.risk, rebuild(t), q))(queries))
+
+    value, gradient = jax.value_and_grad(average)(theta + step)
+    bounds = f.measurement.constants(f.risk, f.model)
+    return _Sphere(
+        value,
+        jnp.linalg.norm(gradient),
+        jnp.mean(bounds.lipschitz * norms),
+        jnp.mean(bounds.smoothness * norms**2),
+    )
+
+
+def _settled_radius(f: Influence) -> Float[Array, ""]:
+    """r₀ ≥ ‖θ̂* − θ̂‖, θ̂* the exact minimiser that the model stands for."""
+    theta, _ = ravel(f.model)
+    slope = jnp.linalg.norm(risk_gradient(f.risk, f.model))
+    rounding = _rounding(f, jnp.zeros((1, theta.size), theta.dtype))[0]
+    return (slope + rounding) / jnp.min(f.risk.l2_vector(f.model))
+
+
+@eqx.filter_jit
+def _own_margins(f: Influence, indices, tier: int, refine: int) -> Certificate:
+    theta, _ = ravel(f.model)
+    steps, radius = removal_radii(f, indices, tier, refine)
+    data, jacobian = take(f.risk.data, indices), f.response.jacobian.take(indices)
+    outer, norms = jacobian.outer(), jacobian.norms()
+    own = lambda step, z, o, norm: _sphere(f, Margin(), step, z, o, norm)
+    without = jax.vmap(own)(steps, data, outer, norms)
+    at = jax.vmap(own, (None, 0, 0, 0))(jnp.zeros_like(theta), data, outer, norms)
+    error, error_at = without.error(radius), at.error(_settled_radius(f))
+    lower, upper = without.value - error, without.value + error
+    if _constants(f).hard:  # P3, for points that were trained on
+        cap = jnp.minimum(upper, at.value + error_at)
+        upper = jnp.where(f.risk.weights[indices] > 0, cap, upper)
+        estimate = jnp.minimum(without.value, upper)
+    else:
+        estimate = without.value
+    fitted, unfitted = at.value - error_at > 0, at.value + error_at <= 0
+    decided = unfitted | (fitted & ((lower > 0) | (upper <= 0)))
+    label = memorization_label(at.value, estimate)
+    return Certificate(lower, upper, decided, radius, label)
+
+
+@eqx.filter_jit
+def _changes(
+    f: Influence,
+    queries,
+    jacobian: AbstractJacobian,
+    indices,
+    tier: int,
+    refine: int,
+    mean: bool,
+) -> Certificate:
+    theta, _ = ravel(f.model)
+    steps, radius = removal_radii(f, indices, tier, refine)
+    outer, norms = jacobian.outer(), jacobian.norms()
+
+    def spheres(step):
+        if mean:
+            return _mean_sphere(f, step, queries, norms)
+        one = lambda q, o, norm: _sphere(f, f.measurement, step, q, o, norm)
+        return jax.vmap(one)(queries, outer, norms)
+
+    before = spheres(jnp.zeros_like(theta))
+    slack = before.error(_settled_radius(f))
+
+    def chunk(places):
+        after = jax.vmap(spheres)(steps[places])
+        error = jax.vmap(_Sphere.error)(after, radius[places]) + slack
+        change = after.value - before.value
+        return change - error, change + error
+
+    rows = max(1, _CACHE_BYTES // (8 * norms.size * outer.shape[-1]))
+    lower, upper = map_blocks(chunk, indices.size, min(indices.size, rows))
+    lower, upper = jnp.moveaxis(lower, 0, -1), jnp.moveaxis(upper, 0, -1)
+    return Certificate(lower, upper, (lower > 0) | (upper < 0), radius, None)

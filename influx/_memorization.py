@@ -1,0 +1,115 @@
+"""Memorization labels: does a point's margin survive its own removal? (theory: §2, C4)."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.nn as jnn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ._influence import Influence
+from ._measurement import Margin
+from ._misc import chunk_length, map_blocks, ravel, take
+from ._risk import class_logits_shape
+
+LABELS = ("generalized upon", "memorized", "not fitted")
+
+
+class Memorization(eqx.Module):
+    """What `memorization` found, per training point.
+
+    - `margin`: γᵢ(θ̂), the log-odds of the point's own label
+    - `margin_without`: γᵢ(θ̂₋ᵢ) as predicted, the same without the point
+    - `score`: p_y(θ̂) − p_y(θ̂₋ᵢ), the memorization score; in [0, 1] in truth (P3)
+    - `correct`: whether argmax p is the given label
+    - `label`: 0 generalized upon, 1 memorized, 2 not fitted (`influx.LABELS` names them)
+    """
+
+    margin: Float[Array, " n"]
+    margin_without: Float[Array, " n"]
+    score: Float[Array, " n"]
+    correct: Bool[Array, " n"]
+    label: Int[Array, " n"]
+
+
+def memorization(f: Influence, step: Literal["first-order", "newton"] = "newton") -> Memorization:
+    """Which training points are memorized, and which are generalized upon.
+
+    With γᵢ = z_y − logsumexp_{c≠y} z_c the point's own log-odds margin:
+
+    - *generalized upon*: γᵢ(θ̂) > 0 and γᵢ(θ̂₋ᵢ) > 0, the others explain it;
+    - *memorized*: γᵢ(θ̂) > 0 ≥ γᵢ(θ̂₋ᵢ), explained only because it was trained on;
+    - *not fitted*: γᵢ(θ̂) ≤ 0, that is p_y ≤ ½.
+
+    A label is about the point, given the others; whether the point helps the others is its `value`.
+
+    **Arguments:** `step`: how γᵢ(θ̂₋ᵢ) is predicted. `"newton"`: evaluated after one Newton step
+    without the point (Hessian or GaussNewton). `"first-order"`: γᵢ(θ̂) − wᵢ I(i; γᵢ)/n, any curvature.
+
+    **Raises:** `ValueError` for an unknown step, a loss without classes, or "newton" with a curvature
+    that does not know one point's share. Measurement, scale and effect of `f` play no part.
+
+    **Cost:** n solves and n gradients, whichever step.
+
+    **Source:** the definitions are this project's own, after Kounavis, Dia & Ramazanli,
+    arXiv:2305.16094; the score is the soft form of Feldman & Zhang, arXiv:2008.03703. `certify` turns
+    the predictions into enclosures.
+    """
+    if step not in ("first-order", "newton"):
+        raise ValueError(f'`step` must be "first-order" or "newton", got {step!r}.')
+    class_logits_shape(f.risk, f.model)
+    if step == "newton":
+        f.response.check_displace()
+    return _memorization(f, step)
+
+
+@eqx.filter_jit
+def _memorization(f: Influence, step: str) -> Memorization:
+    margin, correct = own_margins(f)
+    change = {"first-order": _first_order_change, "newton": _newton_change}[step](f)
+    without = margin + change
+    return Memorization(
+        margin, without, jnn.sigmoid(margin) - jnn.sigmoid(without), correct,
+        memorization_label(margin, without),
+    )  # fmt: skip
+
+
+def memorization_label(
+    margin: Float[Array, " n"], margin_without: Float[Array, " n"]
+) -> Int[Array, " n"]:
+    """0 generalized upon, 1 memorized, 2 not fitted: a partition of all pairs of margins."""
+    return jnp.where(margin <= 0, 2, jnp.where(margin_without <= 0, 1, 0))
+
+
+def own_margins(f: Influence) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
+    """γᵢ(θ̂) of each training point, and whether argmax p is its label."""
+
+    def one(example):
+        x, y = example
+        output = f.risk.output(f.model, x)
+        logits = f.risk.loss.class_logits(output)
+        return Margin().of_output(f.risk.loss, output, y), jnp.argmax(logits) == y.reshape(())
+
+    return jax.vmap(one)(f.risk.data)
+
+
+def _newton_change(f: Influence) -> Float[Array, " n"]:
+    """γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), chunk by chunk of points."""
+    theta, rebuild = ravel(f.model)
+    settled = rebuild(theta + f.response.settle())
+    before = jax.vmap(lambda z: Margin()(f.risk, settled, z))(f.risk.data)
+
+    def after(indices):
+        steps = f.response.displace(indices)
+        own = lambda step, z: Margin()(f.risk, rebuild(theta + step), z)
+        return jax.vmap(own)(steps, take(f.risk.data, indices))
+
+    chunk = min(f.risk.n, chunk_length(8 * theta.size, theta.dtype))
+    return map_blocks(after, f.risk.n, chunk) - before
+
+
+def _first_order_change(f: Influence) -> Float[Array, " n"]:
+    """−wᵢ I(i; γᵢ)/n = (wᵢ/n) ∇γᵢᵀH⁻¹gᵢ, each point on its own margin."""
+    own = lambda example, g, x: jnp.vdot(Margin().gradient(f.risk, f.model, example), x)
+    return f.risk.weights / f.risk.n * f.response.map_solved(own)

@@ -1,0 +1,89 @@
+"""The largest and smallest scores of each query, without the matrix of all of them."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._influence import Influence, query_chunk
+from ._misc import check_chunk, chunk_length, chunked_map, ravel
+
+
+class Extremes(eqx.Module):
+    """Scores and the training points they belong to, from the most extreme inwards."""
+
+    values: Float[Array, "m *c k"]
+    indices: Int[Array, "m *c k"]
+
+
+class TopK(eqx.Module):
+    """`highest`: the k largest scores of each query, descending; `lowest`: the k smallest, ascending."""
+
+    highest: Extremes
+    lowest: Extremes
+
+
+def top_k(f: Influence, queries: PyTree[Array], k: int, *, chunk_size: int | None = None) -> TopK:
+    """The k highest and the k lowest of `f(queries)` per query (and component).
+
+    For a query's loss under `influence` the lowest are the most *helpful* training points, the highest
+    the most *harmful*; under `removal`, and for margins or probabilities, the other way round.
+
+    **Arguments:** `k` ≤ n; `chunk_size`: training points at a time.
+
+    **Returns:** `.highest` and `.lowest`, each with `.values` and `.indices` [m, k] or [m, c, k].
+    Undefined relative influences (NaN) are passed over; where fewer than k are defined, the rest has
+    value NaN and index −1.
+
+    **Raises:** `ValueError` for k outside 1…n, or an `f` under `groups`.
+
+    **Cost:** that of `f(queries)`, with O(m·(k + chunk)) numbers kept in place of O(m·n).
+    """
+    if f.masks is not None:
+        raise ValueError("`top_k` ranks training points: use an `f` without `groups`.")
+    if not 1 <= k <= f.risk.n:
+        raise ValueError(f"`k` must lie in 1…{f.risk.n} (the training points), got {k}.")
+    check_chunk(chunk_size)
+    f.measurement.check(f.risk, f.model, queries)
+    return _top_k(f, queries, k, chunk_size)
+
+
+@eqx.filter_jit
+def _top_k(f: Influence, queries: PyTree[Array], k: int, chunk_size: int | None) -> TopK:
+    n = f.risk.n
+    theta, _ = ravel(f.model)
+    b = min(n, chunk_length(8 * theta.size, theta.dtype, chunk_size))
+    starts = jnp.arange(0, n, b)
+
+    def one(query):
+        prepared = f.effect.prepare(f, query)
+        c = jax.eval_shape(lambda p: f.effect.columns(f, p, jnp.arange(b)), prepared).shape[:-1]
+        empty = jnp.full((*c, k), -jnp.inf, theta.dtype), jnp.full((*c, k), -1)
+
+        def step(best, start):
+            # The last block reaches back over points already seen; those are masked out.
+            indices = jnp.minimum(start, n - b) + jnp.arange(b)
+            scores = f.effect.columns(f, prepared, indices)
+            use = (indices >= start) & ~jnp.isnan(scores)
+            highest, lowest = best
+            return (
+                _merge(highest, jnp.where(use, scores, -jnp.inf), indices, k),
+                _merge(lowest, jnp.where(use, -scores, -jnp.inf), indices, k),
+            ), None
+
+        (highest, lowest), _ = jax.lax.scan(step, (empty, empty), starts)
+        return TopK(_extremes(*highest, 1), _extremes(*lowest, -1))
+
+    return chunked_map(one, queries, query_chunk(f, queries, columns=b + 4 * k))
+
+
+def _merge(best, scores, indices, k):
+    values = jnp.concatenate([best[0], scores], axis=-1)
+    places = jnp.concatenate([best[1], jnp.broadcast_to(indices, scores.shape)], axis=-1)
+    values, chosen = jax.lax.top_k(values, k)
+    return values, jnp.take_along_axis(places, chosen, axis=-1)
+
+
+def _extremes(values, indices, sign):
+    missing = jnp.isneginf(values)
+    return Extremes(jnp.where(missing, jnp.nan, sign * values), jnp.where(missing, -1, indices))

@@ -1,0 +1,91 @@
+"""The value of a training point to the others: its effect on held-out loss (theory: §2)."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._effect import Derivative
+from ._influence import Influence
+from ._measurement import Loss
+from ._misc import chunk_length, leading_length, map_blocks, ravel
+from ._risk import check_queries, validate
+from ._scale import Unscaled
+
+VERDICTS = ("helpful", "harmful", "undecided")
+
+
+class Value(eqx.Module):
+    """What `value` found, per training point.
+
+    - `value`: Gᵢ = −I(i; L_V), positive = helpful; erasing the point changes L_V by about wᵢGᵢ/n
+    - `value_centred`: Gᵢ − Ḡ, the same where training renormalises (a mean over the points left)
+    - `standard_error`: that of Gᵢ, since V is a sample
+    - `verdict`: 0 helpful, 1 harmful, 2 undecided (`influx.VERDICTS` names them)
+    """
+
+    value: Float[Array, " n"]
+    value_centred: Float[Array, " n"]
+    standard_error: Float[Array, " n"]
+    verdict: Int[Array, " n"]
+
+
+def value(f: Influence, heldout: PyTree[Array]) -> Value:
+    """Whether each training point helps or harms the model on held-out data.
+
+    Gᵢ = −I(i; L_V) with L_V the mean loss over `heldout` = (inputs, targets). Gᵢ > 0: *helpful*,
+    removing the point raises the held-out loss; Gᵢ ≤ 0: *harmful*. |Gᵢ| < 2 standard errors is
+    *undecided*: another held-out sample might say otherwise.
+
+    **Two conventions.** `value` erases (1/n and l2 stay); `value_centred` renormalises (the mean over
+    n − 1 points, as training with weight decay does): its derivative is −(Gᵢ − Ḡ)/n-fold, Ḡ the
+    weighted mean. Both are positive for helpful points; verdicts are those of `value`.
+
+    Read it on held-out data only: on the training data itself every point looks harmful (P4).
+
+    **Raises:** `ValueError` for held-out data that do not look like the training data, fewer than two
+    of them, or an `f` under a transform (a value is of single points, and plain).
+
+    **Cost:** |V| solves and one pass over the training data; no [|V|, n] array is kept.
+
+    **Source:** Kounavis, Dia & Ramazanli, arXiv:2305.16094 (sign of influence); Koh & Liang,
+    arXiv:1703.04730.
+    """
+    require_plain(f, "value")
+    check_queries(f.risk, heldout)
+    validate(f.risk, f.model, data=tuple(heldout))
+    if leading_length(heldout) < 2:
+        raise ValueError("`heldout` needs at least 2 examples, for a standard error.")
+    return _value(replace(f, measurement=Loss()), heldout)
+
+
+def require_plain(f: Influence, verb: str) -> None:
+    """Refuse an `f` whose transforms a verb would ignore."""
+    plain = isinstance(f.effect, Derivative) and isinstance(f.scale, Unscaled) and f.masks is None
+    if not plain:
+        raise ValueError(
+            f"`{verb}` reads plain influence: call it on `influence(...)` itself, before `relative`, "
+            "`removal` or `groups`."
+        )
+
+
+@eqx.filter_jit
+def _value(f: Influence, heldout: PyTree[Array]) -> Value:
+    m = leading_length(heldout)
+    prepared = jax.vmap(lambda query: f.effect.prepare(f, query))(heldout)
+
+    def moments(indices):
+        scores = jax.vmap(lambda one: f.effect.columns(f, one, indices))(prepared)
+        return jnp.mean(scores, axis=0), jnp.std(scores, axis=0, ddof=1)
+
+    theta, _ = ravel(f.model)
+    chunk = min(f.risk.n, chunk_length(2 * m + 4 * theta.size, theta.dtype))
+    mean, deviation = map_blocks(moments, f.risk.n, chunk)
+    G = -mean
+    standard_error = deviation / jnp.sqrt(jnp.asarray(m, mean.dtype))
+    weights = f.risk.weights
+    centred = G - jnp.vdot(weights, G) / jnp.sum(weights)
+    verdict = jnp.where(jnp.abs(G) < 2 * standard_error, 2, jnp.where(G > 0, 0, 1))
+    return Value(G, centred, standard_error, verdict)
