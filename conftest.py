@@ -1,3 +1,5 @@
+"""Numerics and Hypothesis profiles shared by `tests` and `proofs_checks`."""
+
 import os
 
 import jax
