@@ -28,7 +28,7 @@ PROOF
         + ½ = 1 for scaled), by I(r; m) (0; 1). That is the table.
     (b) Write φ-quantities with a tilde. g̃ = Dᵀg, ∇̃m = Dᵀ∇m, and the chain rule for second
         derivatives is
-            H̃ = DᵀHD + Σ_k (∂J/∂θ_k) ∇²T_k.                                                       
+            H̃ = DᵀHD + Σ_k (∂J/∂θ_k) ∇²T_k.
             (*)
         At a stationary point ∂J/∂θ = 0, H̃ = DᵀHD and H̃⁻¹ = D⁻¹H⁻¹D⁻ᵀ. For any u, v:
         (Dᵀu)ᵀH̃⁻¹(Dᵀv) = uᵀH⁻¹v. Plain influence, sᵢ and ∇mᵀH⁻¹∇m are such forms: unchanged. But
@@ -48,7 +48,7 @@ CHECK
     as one more datum whose loss is nΩ/w, so that influx's own l2 is 0.
 
 SOURCE
-    Invariance under reparametrisation: R. Martens, "New insights and perspectives on the natural
+    Invariance under reparametrisation: J. Martens, "New insights and perspectives on the natural
     gradient method", arXiv:1412.1193, for the Gauss–Newton matrix; the table is this project's own.
 """
 
