@@ -1,0 +1,6 @@
+from .base import AbstractTrainer as AbstractTrainer
+from .base import Trained as Trained
+from .fit import fit as fit
+from .lbfgs import LBFGS as LBFGS
+from .newton import Newton as Newton
+from .sgd import SGD as SGD

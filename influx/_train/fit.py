@@ -1,0 +1,34 @@
+import equinox as eqx
+
+from .._custom_types import Model
+from .._risk import EmpiricalRisk, validate
+from .base import AbstractTrainer, Trained
+
+
+def fit(risk: EmpiricalRisk, model: Model, trainer: AbstractTrainer) -> Model:
+    """The model that `trainer` makes of `model` on `risk`, at the risk's own data weights.
+
+    ```python
+    model = influx.fit(risk, model, influx.Newton())
+    ```
+
+    **Arguments:** `trainer`: `Newton()` for convex problems of up to a few thousand parameters,
+    `LBFGS()` beyond, `SGD(...)` for networks.
+
+    **Raises:** `ValueError` where risk, model and trainer do not fit together; `RuntimeError` where
+    the trainer did not converge, with the gradient norm it reached and what to change.
+    """
+    validate(risk, model)
+    trained_model, trained = _fit(risk, model, trainer)
+    if not bool(trained.converged):
+        raise RuntimeError(
+            f"Training did not converge: ‖∇J‖ = {float(trained.gradient_norm):.3g} after "
+            f"{int(trained.steps)} steps. {trainer.remedies()}"
+        )
+    return trained_model
+
+
+@eqx.filter_jit
+def _fit(risk: EmpiricalRisk, model: Model, trainer: AbstractTrainer) -> tuple[Model, Trained]:
+    state = trainer.init(risk, model, risk.weights)
+    return trainer.train(state, risk, model, risk.weights)

@@ -1,0 +1,63 @@
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._custom_types import Model
+from .._risk import EmpiricalRisk, validate
+from .._train import AbstractTrainer
+from .retrain import multiply, retrain
+
+
+def leave_subset_out(
+    risk: EmpiricalRisk,
+    model0: Model,
+    trainer: AbstractTrainer,
+    *,
+    masks: Float[Array, "k n"] | Bool[Array, "k n"],
+    outcome: Callable[[Any], PyTree[Array]] | None = None,
+    chunk_size: int | None = None,
+) -> PyTree[Array]:
+    """Ground truth: the models trained on k subsets of the data, or a function of them.
+
+    Row r minimises J(·, w ∘ masks[r]): masks **multiply** the risk's own weights, 1 keeps a point and
+    0 erases it; 1/n and Ω stay. Every training starts at `model0`: a fitted model where the risk is
+    convex, the initial one where a run such as `SGD`'s is to be repeated (with the same batches).
+
+    **Arguments:** `masks`: [k, n], finite and ≥ 0; `outcome`, `chunk_size`: as in `leave_one_out`.
+
+    **Returns:** the outcomes, stacked: leaves [k, ...]; what `lds` takes.
+
+    **Raises:** `ValueError` for masks of another shape or below 0; `RuntimeError` naming the
+    trainings that did not converge.
+    """
+    validate(risk, model0)
+    masks = _checked_masks(masks, risk)
+    return retrain(
+        risk,
+        model0,
+        trainer,
+        weigh=multiply,
+        lanes=masks,
+        typical=risk.weights * jnp.mean(masks, axis=0),
+        outcome=outcome,
+        chunk_size=chunk_size,
+    )
+
+
+def _checked_masks(masks, risk: EmpiricalRisk) -> Float[Array, "k n"]:
+    masks = np.asarray(masks)
+    if masks.ndim != 2 or masks.shape[0] == 0 or masks.shape[1] != risk.n:
+        raise ValueError(
+            f"`masks` needs shape [k, {risk.n}] (k subsets, n training points), got {masks.shape}. "
+            "For one subset add a leading axis: `mask[None]`."
+        )
+    bad = np.argwhere(~(np.isfinite(masks) & (masks >= 0)))
+    if bad.size:
+        raise ValueError(
+            f"`masks` must be finite and at least 0, got {masks[tuple(bad[0])]} at "
+            f"{bad[0].tolist()}. 1 keeps a point, 0 erases it."
+        )
+    return jnp.asarray(masks.astype(risk.weights.dtype))

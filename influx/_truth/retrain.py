@@ -1,0 +1,122 @@
+"""Many retrainings as one program: vmapped over data weights, a chunk at a time."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import Model
+from .._misc import check_chunk, chunk_length, chunked_map, leading_length, ravel, take
+from .._train import AbstractTrainer, Trained
+from .._train.base import Objective
+
+# Beyond this many at once nothing is gained: the matrix products are large enough.
+_MOST_LANES = 50
+
+
+class Retrainable(Objective, Protocol):
+    @property
+    def weights(self) -> Float[Array, " n"]: ...
+
+    @property
+    def whole(self) -> Callable[[Any], Any]: ...
+
+
+def parameters(model: Model) -> Float[Array, " P"]:
+    """The default outcome: all parameters of the retrained model as one vector, leaf after leaf."""
+    return ravel(model)[0]
+
+
+def erase(weights: Float[Array, " n"], index: Array) -> Float[Array, " n"]:
+    """Data weights without one point."""
+    return weights.at[index].set(0)
+
+
+def multiply(weights: Float[Array, " n"], mask: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Data weights under a mask."""
+    return weights * mask
+
+
+def retrain(
+    risk: Retrainable,
+    model: Model,
+    trainer: AbstractTrainer,
+    *,
+    weigh: Callable[[Array, Array], Array],
+    lanes: Array,
+    typical: Float[Array, " n"],
+    outcome: Callable[[Any], PyTree[Array]] | None,
+    chunk_size: int | None,
+) -> PyTree[Array]:
+    """`outcome` of the model retrained at weights `weigh(risk.weights, lane)`, for every lane.
+
+    Each of the trainer's attempts is one program; the lanes that it does not finish go to the next.
+    **Raises** `RuntimeError` naming the lanes that no attempt finished.
+    """
+    check_chunk(chunk_size)
+    outcome = parameters if outcome is None else outcome
+    outcomes, pending = None, np.arange(leading_length(lanes))
+    trained = None
+    for attempt in trainer.attempts():
+        theta, _ = ravel(model)
+        chunk = chunk_length(attempt.items(risk, model), theta.dtype, chunk_size)
+        chunk = chunk if chunk_size is not None else min(chunk, _MOST_LANES)
+        part = take(lanes, pending)
+        answers, trained = _program(attempt, risk, model, weigh, part, typical, outcome, chunk)
+        put = lambda old, new, rows=pending: old.at[rows].set(new)
+        outcomes = answers if outcomes is None else jtu.tree_map(put, outcomes, answers)
+        unfinished = ~np.asarray(trained.converged)
+        if not unfinished.any():
+            return outcomes
+        pending, trained = pending[unfinished], take(trained, unfinished)
+    assert trained is not None
+    _fail(pending, leading_length(lanes), trained, trainer)
+
+
+def _fail(rows: np.ndarray, total: int, trained: Trained, trainer: AbstractTrainer):
+    norms = np.asarray(trained.gradient_norm)
+    shown = ", ".join(map(str, rows[:5].tolist())) + (", …" if rows.size > 5 else "")
+    raise RuntimeError(
+        f"{rows.size} of {total} retrainings did not converge (rows {shown}): ‖∇J‖ up to "
+        f"{norms.max():.3g} after at most {int(np.max(trained.steps))} steps. {trainer.remedies()}"
+    )
+
+
+@eqx.filter_jit
+def _program(trainer, risk, model, weigh, lanes, typical, outcome, chunk):
+    state = trainer.init(risk, model, typical)
+
+    def one(lane):
+        weights = weigh(risk.weights, lane)
+        retrained, trained = trainer.train(state, risk, model, weights)
+        return outcome(risk.whole(retrained)), trained
+
+    # Blocks of one size: a shorter last block would be compiled a second time.
+    k = leading_length(lanes)
+    blocks = -(-k // chunk)
+    size = -(-k // blocks)
+    padded = take(lanes, np.minimum(np.arange(blocks * size), k - 1))
+    return jtu.tree_map(lambda x: jnp.asarray(x)[:k], chunked_map(one, padded, size))
+
+
+def check_indices(indices, n: int) -> Array:
+    """Points as an array of indices 0…n−1; `None` means all."""
+    if indices is None:
+        return jnp.arange(n)
+    indices = np.asarray(indices)
+    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(
+            f"`indices` must be a list of whole numbers, got shape {indices.shape} of "
+            f"{indices.dtype}. For one point write `[i]`, for a mask `np.flatnonzero(mask)`."
+        )
+    bad = indices[(indices < 0) | (indices >= n)]
+    if bad.size:
+        raise ValueError(
+            f"`indices` must lie in 0…{n - 1} (there are {n} training points), got {bad[0]}."
+            + (f" Do you mean {bad[0] + n}?" if -n <= bad[0] < 0 else "")
+        )
+    return jnp.asarray(indices)
