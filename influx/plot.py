@@ -15,8 +15,8 @@ from ._extras import missing_extras
 from ._memorization import LABELS, Memorization
 from ._top_k import TopK
 
-if missing_extras("matplotlib"):
-    raise ImportError(missing_extras("matplotlib"))
+if problem := missing_extras("matplotlib"):
+    raise ImportError(problem)
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -28,7 +28,7 @@ BLUE, VERMILLION, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222
 # One colour and one marker per memorization label, in the order of `influx.LABELS`.
 _LABEL_MARKS = ((BLUE, "o"), (GREEN, "D"), (VERMILLION, "^"))
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.spines.top": False,

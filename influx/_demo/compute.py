@@ -246,8 +246,8 @@ def remove_and_refit(problem: Problem, value: ix.Value, config: Config) -> dict[
     """Refit without the points whose verdict is *harmful*: Gᵢ ≤ 0 beyond two standard errors.
 
     The rule has no parameter to tune and reads the held-out digits alone; the test digits and the
-    knowledge of which labels were flipped play no part. Two references frame the answer: as many points drawn at random, and exactly the flipped labels,
-    which only the demo knows.
+    knowledge of which labels were flipped play no part. Two references frame the answer: as many
+    points drawn at random, and exactly the flipped labels, which only the demo knows.
     """
     harmful = np.flatnonzero(np.asarray(value.verdict) == 1)
     rng = np.random.default_rng((config.seed, 2))

@@ -94,7 +94,7 @@ def helpful_harmful(results: Results) -> Figure:
     truth = np.asarray(problem.test[1])[e.indices]
     k = e.top.lowest.indices.shape[1]
     figure = _page(1.25 * (2 * k + 2), 1.72 * len(e.indices) + 0.6)
-    return plot.image_pairs(
+    plot.image_pairs(
         np.asarray(problem.test[0])[e.indices].reshape(-1, 8, 8),
         problem.images,
         e.top,
@@ -105,6 +105,7 @@ def helpful_harmful(results: Results) -> Figure:
         title="Influence of training images on the loss of test digits, n · ∂loss/∂weight (nats)",
         figure=figure,
     )
+    return figure
 
 
 def retraining(results: Results) -> Figure:
@@ -147,13 +148,13 @@ def suspects(results: Results, count: int = 20) -> Figure:
     figure = _page(11.5, 7.1)
     sheets = (
         (np.argsort(-np.asarray(m.score), kind="stable")[:count],
-         "Most memorized: given → suggested label, and what p of the given one loses without the point",
+         "Most memorized: given → suggested label, and the drop of p(given) without the point",
          lambda i: f"{m.score[i]:.3f}"),
         (np.argsort(np.asarray(m.margin_without), kind="stable")[:count],
          "Most suspicious: given → suggested label, and the margin without the point (log-odds)",
          lambda i: _signed(m.margin_without[i])),
     )  # fmt: skip
-    for part, (points, title, figures) in zip(figure.subfigures(2, 1), sheets):
+    for part, (points, title, figures) in zip(figure.subfigures(2, 1, squeeze=False).flat, sheets):
         plot.image_sheet(
             results.problem.images[points],
             [

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 
 import influx as ix
@@ -111,5 +112,4 @@ def _flip(labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndar
 def zero_model() -> eqx.nn.Linear:
     """The classifier that gives every class the same probability."""
     linear = eqx.nn.Linear(64, CLASSES, key=jr.key(0))
-    zeros = jnp.zeros_like(linear.weight), jnp.zeros_like(linear.bias)
-    return eqx.tree_at(lambda m: (m.weight, m.bias), linear, zeros)
+    return jtu.tree_map(lambda x: jnp.zeros_like(x) if eqx.is_array(x) else x, linear)

@@ -44,7 +44,7 @@ class Section:
 
 
 def _table(title: str, note: str, *columns: str) -> Section:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(columns[0])
     for column in columns[1:]:
         table.add_column(column, justify="right")
@@ -59,17 +59,18 @@ def behind_table(results: Results, k: int = 3) -> Section:
         "Influence on the test digit's loss, I = n · ∂loss/∂wᵢ, in nats. Negative = helpful: "
         "training more on the point lowers the loss. Positive = harmful. Erasing the point changes "
         "the loss by about −I/n.",
-        "test digit", "most helpful", "I (nats)", "most harmful", "I (nats)",
+        "test digit:\nlabel", "most helpful\npoint: label", "I (nats)",
+        "most harmful\npoint: label", "I (nats)",
     )  # fmt: skip
 
     def point(i):
         given, true = problem.given[i], problem.true[i]
-        return f"#{i} label {given}" + (f" [red](true {true})[/]" if given != true else "")
+        return f"#{i}: {given}" + (f" [red](true {true})[/]" if given != true else "")
 
     truth = np.asarray(problem.test[1])[e.indices]
     low, high = e.top.lowest, e.top.highest
     for row, (index, y, p, loss) in enumerate(zip(e.indices, truth, e.predicted, e.losses)):
-        names = [f"#{index} label {y}", f"[{'red' if p != y else 'green'}]read as {p}[/]"]
+        names = [f"#{index}: {y}", f"[{'red' if p != y else 'green'}]read as {p}[/]"]
         names.append(f"loss {loss:.2f}")
         for j in range(k):
             section.table.add_row(
@@ -90,7 +91,7 @@ def labels_table(results: Results) -> Section:
     verdict = np.asarray(results.value.verdict)
     inside = results.certificate_contains_retrained()
     section = _table(
-        "2  Memorization label (a point, given the others) by value (the others, given the point)",
+        "2  Memorization (a point, given the others) × value (the others, given it)",
         "Labels: does the log-odds margin stay above 0 without the point? Certified: the label is "
         "proven without retraining; of the enclosures that were checked by retraining, "
         f"{int(inside.sum())} of {inside.size} hold the truth. G = −I(i; held-out loss), in nats; "
@@ -114,7 +115,7 @@ def retraining_table(results: Results) -> Section:
     r = results.retraining
     m, k = r.changes["actual", "loss"].shape
     section = _table(
-        f"3  Predicted against retrained: {k} points removed one at a time, {m} held-out digits",
+        f"3  Predicted against retrained: {k} single removals, {m} held-out digits",
         "Change when the point is erased: loss in nats, margin in log-odds. Slope: of actual "
         "on predicted, 1 is unbiased in size. Retrained to ‖∇J‖ < 1e-10.",
         "measurement", "prediction", "Pearson", "slope", "largest error", "largest change",
