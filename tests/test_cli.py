@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import influx as ix
 from influx import _extras, cli
-from influx._demo import compute, files, problem, report
+from influx._demo import compute, files, problem, report, words
 from influx._demo.app import app
 
 SIZES = {"train": 300, "heldout": 60, "test": 60}
@@ -152,6 +152,15 @@ def test_flipped_labels_stand_first(results):
     assert ranking.by_margin_without[0] > 5 * ranking.by_chance[0]
 
 
+def test_ranks_end_at_the_last_point():
+    margin = np.arange(10.0)
+    found = ix.Memorization(margin, margin, margin, margin > 0, margin.astype(int))
+    ranking = compute.rank_flipped(found, np.arange(10) < 9)
+    assert ranking.first == (9, 10)
+    assert ranking.by_margin_without == (9, 9)
+    assert ranking.by_chance == pytest.approx((8.1, 9.0))
+
+
 def test_only_harmful_points_are_removed(results):
     after, before = results.qualities["after"], results.qualities["before"]
     G, error = np.asarray(results.value.value), np.asarray(results.value.standard_error)
@@ -222,6 +231,14 @@ def test_the_report_fits_a_terminal_and_states_its_units(results):
         assert words in text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(46.0, "+46.0"), (-723.4, "−723"), (-2816, "−2.82e+03"), (0.0123456, "+0.0123")],
+)
+def test_numbers_keep_their_sign_and_three_digits(value, text):
+    assert words.signed(value) == text
+
+
 def flat(output):
     """Words without the box that Rich draws around an error."""
     return " ".join(re.sub("[│╭╮╰╯─]", " ", output).split())
@@ -233,8 +250,9 @@ def flat(output):
         (["--flip", "0.9"], "--flip must be a share of at least 0 and below 0.9; got 0.9"),
         (["--flip", "-0.1"], "--flip must be a share"),
         (["--flip", "nan"], "--flip must be a share"),
-        (["--l2", "0"], "--l2 must be a positive, finite number; got 0.0"),
-        (["--l2", "inf"], "--l2 must be a positive"),
+        (["--l2", "0"], "--l2 must be between 1e-6 and 1e6; got 0.0"),
+        (["--l2", "inf"], "--l2 must be between"),
+        (["--l2", "nan"], "--l2 must be between"),
         (["--retrain", "1"], "--retrain must be between 2 and 1500"),
         (["--retrain", "1501"], "--retrain must be between 2 and 1500"),
         (["--seed", "-1"], "--seed must be at least 0; got -1"),

@@ -54,7 +54,7 @@ def demo(
         int, typer.Option(help="Seed of the split, the flips and the points retrained without.")
     ] = 0,
     l2: Annotated[
-        float, typer.Option(help="Penalty ½·l2·‖θ‖² on weights and biases; above 0.")
+        float, typer.Option(help="Penalty ½·l2·‖θ‖² on weights and biases; 1e-6 to 1e6.")
     ] = 1e-2,
     retrain: Annotated[
         int, typer.Option(help="How many points to retrain without, to check the predictions.")

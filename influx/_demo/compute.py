@@ -1,5 +1,6 @@
 """Everything the demo finds, as pure functions of its problem; nothing is printed or written."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -230,7 +231,7 @@ def retrain(problem: Problem, points: np.ndarray, predicted: dict) -> Retraining
 def rank_flipped(memorization: ix.Memorization, flipped: np.ndarray) -> Ranking:
     """Flipped labels among the first points, lowest margin first; chance puts flips·k/n there."""
     flips = int(flipped.sum())
-    first = (flips, int(np.ceil(1.2 * flips)))
+    first = (flips, min(flipped.size, math.ceil(1.2 * flips)))
     count = lambda margin: tuple(
         int(flipped[np.argsort(np.asarray(margin), kind="stable")[:k]].sum()) for k in first
     )

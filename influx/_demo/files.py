@@ -10,6 +10,7 @@ import influx as ix
 from influx import plot
 
 from .compute import Results
+from .words import signed
 
 COLUMNS = (
     "id", "given label", "suggested label", "margin", "margin without", "label", "certified",
@@ -78,10 +79,6 @@ def _page(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _signed(value) -> str:
-    return f"{float(value):+.1f}".replace("-", "−")
-
-
 def _given(results: Results, i: int) -> str:
     """The given label, with the true one where the demo flipped it."""
     given, true = results.problem.given[i], results.problem.true[i]
@@ -101,7 +98,7 @@ def helpful_harmful(results: Results) -> Figure:
         query_captions=[
             f"{y} read as {p}\nloss {loss:.2f}" for y, p, loss in zip(truth, e.predicted, e.losses)
         ],
-        caption=lambda i, value: f"{_given(results, i)}\n{_signed(value)}",
+        caption=lambda i, value: f"{_given(results, i)}\n{signed(value)}",
         title="Influence of training images on the loss of test digits, n · ∂loss/∂weight (nats)",
         figure=figure,
     )
@@ -152,7 +149,7 @@ def suspects(results: Results, count: int = 20) -> Figure:
          lambda i: f"{m.score[i]:.3f}"),
         (np.argsort(np.asarray(m.margin_without), kind="stable")[:count],
          "Most suspicious: given → suggested label, and the margin without the point (log-odds)",
-         lambda i: _signed(m.margin_without[i])),
+         lambda i: signed(m.margin_without[i])),
     )  # fmt: skip
     for part, (points, title, figures) in zip(figure.subfigures(2, 1, squeeze=False).flat, sheets):
         plot.image_sheet(

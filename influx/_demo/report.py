@@ -10,6 +10,7 @@ from rich.table import Table
 import influx as ix
 
 from .compute import Results
+from .words import signed
 
 
 def show(results: Results, console: Console) -> None:
@@ -76,9 +77,9 @@ def behind_table(results: Results, k: int = 3) -> Section:
             section.table.add_row(
                 names[j] if j < len(names) else "",
                 point(int(low.indices[row, j])),
-                f"{float(low.values[row, j]):.1f}",
+                signed(low.values[row, j]),
                 point(int(high.indices[row, j])),
-                f"{float(high.values[row, j]):+.1f}",
+                signed(high.values[row, j]),
                 end_section=j == k - 1,
             )
     return section
@@ -191,7 +192,7 @@ def conclusion(results: Results) -> str:
     clear = "beyond" if abs(change) > 2 * error else "within"
     return (
         f"Of the {after.removed.size} points removed, {hits} had a flipped label. Test loss "
-        f"{change:+.4f} ± {error:.4f} (paired standard error), {clear} two standard errors. "
+        f"{change:+.3g} ± {error:.2g} (paired standard error), {clear} two standard errors. "
         f"Test digits newly right {gained}, newly wrong {lost}: "
         + (
             "too few to call a change of accuracy."
