@@ -227,8 +227,8 @@ def test_the_report_fits_a_terminal_and_states_its_units(results):
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "Negative = helpful" in " ".join(text.split())
-    for words in ("nats", "log-odds", "generalized upon", "memorized", "not fitted", "newton"):
-        assert words in text
+    for name in ("nats", "log-odds", "generalized upon", "memorized", "not fitted", "newton"):
+        assert name in text
 
 
 @pytest.mark.parametrize(
