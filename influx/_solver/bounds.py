@@ -44,7 +44,7 @@ from .._misc import dot
 
 # Multiples of the machine epsilon, of the scale of H, which one product and one Lanczos step may err by.
 _PRODUCT = 64
-_BREAKDOWN = 8
+_BREAKDOWN = 32
 
 
 class Solve(NamedTuple):
@@ -101,7 +101,7 @@ def quadrature(
         / _schur(theta, u, beta[-1], lower, eta)
     )
     # Below 2η the prescribed node would not be positive: only the crude bound is left.
-    above = jnp.where(lower > 2 * eta, jnp.minimum(radau, 1 / lower), 1 / lower)
+    above = jnp.where(lower <= 2 * eta, 1 / lower, jnp.minimum(radau, 1 / lower))
     refuted = theta[0] - lower + eta <= 0
     square = jnp.square(norm)
     return (
@@ -146,7 +146,7 @@ def krylov(
 
     eps = jnp.finfo(v.dtype).eps
     eta = _PRODUCT * eps * jnp.maximum(run.scale, scale) + 2 * run.asymmetry
-    s = jnp.where(lower > 2 * eta, _schur(theta, u, run.beta[-1], lower, eta), lower)
+    s = jnp.where(lower <= 2 * eta, lower, _schur(theta, u, run.beta[-1], lower, eta))
     along = dot(run.basis[-1], residual)
     across = jnp.linalg.norm(residual - along * run.basis[-1])
     length = jnp.linalg.norm
