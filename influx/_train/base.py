@@ -106,7 +106,7 @@ def minimising_remedies(tolerance: float, max_steps: int) -> str:
     """What a minimiser to a gradient norm advises."""
     return (
         f"The tolerance is ‖∇J‖ < {tolerance:g} within {max_steps} steps. Allow more with "
-        "`max_steps=`, or a looser `tolerance=` (float32 gradients stop near 1e-6: enable x64); "
+        "`max_steps=`, or a looser `tolerance=` (float32 gradients stop near 1e-7: enable x64); "
         "scale the inputs; or give `l2` > 0 where the data do not determine every parameter."
     )
 

@@ -41,7 +41,7 @@ class LBFGS(AbstractTrainer):
     max_steps: int = eqx.field(default=5000, converter=check_count, static=True)
     history: int = eqx.field(default=20, converter=check_count, static=True, kw_only=True)
 
-    reverse_differentiable: ClassVar[bool] = False
+    reverse_differentiable: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def init(self, objective, model, weights):
         return None
@@ -54,7 +54,8 @@ class LBFGS(AbstractTrainer):
         unit = 1 / float(jnp.finfo(theta.dtype).eps)
         dtype = jnp.result_type(float)  # in which optimistix keeps its history, whatever θ's is
         scaled = lambda u, _: unit**2 * fn((u / unit).astype(theta.dtype)).astype(dtype)
-        solver = _UntilGradient(_search_past_rounding(self.history), self.tolerance * unit)
+        inner = _search_past_rounding(self.history)
+        solver = _UntilGradient(inner, self.tolerance * unit)  # pyright: ignore[reportCallIssue]
         start = unit * theta.astype(dtype)
         solution = optx.minimise(scaled, solver, start, max_steps=self.max_steps, throw=False)
         theta = (solution.value / unit).astype(theta.dtype)
@@ -109,11 +110,11 @@ class _UntilGradient(optx.AbstractMinimiser):
     tolerance: Any
 
     @property
-    def rtol(self):
+    def rtol(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.solver.rtol
 
     @property
-    def atol(self):
+    def atol(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.solver.atol
 
     @property

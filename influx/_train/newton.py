@@ -20,10 +20,10 @@ from .base import (
     norm,
 )
 
-# The least Levenberg shift, relative to ‖∇J‖: too small to spoil quadratic convergence, large enough
-# to keep the factorisation alive where the data leave a direction undetermined.
+# The least Levenberg shift, relative to ‖∇J‖ and to the curvature along ∇J: too small to spoil
+# quadratic convergence, large enough to keep the factorisation alive where the data leave a direction
+# undetermined.
 _LEAST_SHIFT = 1e-3
-_LAST_SHIFT = 1e12
 _CURVED = (lx.symmetric_tag, lx.positive_semidefinite_tag)
 
 
@@ -38,10 +38,11 @@ class _Iterate(eqx.Module):
 class Newton(AbstractTrainer):
     """Newton's method, to ‖∇J(θ, w)‖₂ < `tolerance`: the trainer for ground truth.
 
-    Each step is θ ← θ − (∇²J + μI)⁻¹∇J with μ = s‖∇J‖. A step that neither decreases J as Armijo
-    asks, nor (where J is flat to rounding) the gradient norm, is taken back and s grows tenfold; else
-    s shrinks. So it converges from any start where J is convex, quadratically near the minimum, also
-    where the minimum is not unique; elsewhere it seeks a stationary point where J is least.
+    Each step is θ ← θ − (∇²J + μI)⁻¹∇J. A step that neither decreases J as Armijo asks nor, where J is
+    flat to rounding, shrinks its gradient is taken back and μ grows tenfold; otherwise it falls, down
+    to 1e-3 min(‖∇J‖, curvature along ∇J). So it converges from any start where J is convex,
+    quadratically near the minimum, also where that is not unique; elsewhere it descends to a
+    stationary point.
 
     **Arguments:**
 
@@ -58,10 +59,10 @@ class Newton(AbstractTrainer):
     """
 
     tolerance: float = eqx.field(default=1e-10, converter=check_tolerance)
-    max_steps: int = eqx.field(default=100, converter=check_count, static=True)
+    max_steps: int = eqx.field(default=200, converter=check_count, static=True)
     solver: lx.AbstractLinearSolver | None = None
 
-    reverse_differentiable: ClassVar[bool] = False
+    reverse_differentiable: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def init(self, objective, model, weights):
         return None
@@ -69,11 +70,15 @@ class Newton(AbstractTrainer):
     def train(self, state, objective, model, weights):
         fn, theta, rebuild = flat(objective, model, weights)
         value_and_grad = jax.value_and_grad(fn)
-        shift = jnp.asarray(_LEAST_SHIFT, theta.dtype)
-        start = _Iterate(theta, *value_and_grad(theta), shift, jnp.asarray(0))
+        eps = float(jnp.finfo(theta.dtype).eps)
+        start = _Iterate(theta, *value_and_grad(theta), jnp.zeros((), theta.dtype), jnp.asarray(0))
 
         def step(now: _Iterate) -> _Iterate:
-            direction = -self._solve(fn, now.theta, now.shift * norm(now.gradient), now.gradient)
+            operator = self._curvature(fn, now.theta)
+            size = norm(now.gradient)
+            along = jnp.abs(jnp.vdot(now.gradient, operator.mv(now.gradient))) / size**2
+            shift = jnp.maximum(now.shift, _LEAST_SHIFT * jnp.minimum(size, along))
+            direction = -self._solve(operator, shift, now.gradient)
             trial = now.theta + direction
             value, gradient = value_and_grad(trial)
             accept = _is_better(now, direction, value, gradient)
@@ -82,28 +87,33 @@ class Newton(AbstractTrainer):
                 keep(trial, now.theta),
                 keep(value, now.value),
                 keep(gradient, now.gradient),
-                keep(jnp.maximum(now.shift / 10, _LEAST_SHIFT), 10 * now.shift),
+                keep(shift / 4, jnp.maximum(10 * shift, eps * size)),
                 now.steps + 1,
             )
 
+        # A shift that makes steps shorter than θ's rounding ends what cannot progress any more.
         unfinished = lambda now: (
             (norm(now.gradient) >= self.tolerance)
             & (now.steps < self.max_steps)
-            & (now.shift < _LAST_SHIFT)
+            & (now.shift * eps * norm(now.theta) <= norm(now.gradient))
         )
         end = jax.lax.while_loop(unfinished, step, start)
         size = norm(end.gradient)
         return rebuild(end.theta), Trained(size, end.steps, size < self.tolerance)
 
-    def _solve(self, fn, theta, shift, vector) -> Float[Array, " P"]:
+    def _curvature(self, fn, theta) -> lx.AbstractLinearOperator:
+        """∇²fn as a matrix, or by its products, whichever the solver takes."""
         if self.solver is None:
-            matrix = hessian(fn, theta) + shift * jnp.eye(theta.size, dtype=theta.dtype)
-            operator = lx.MatrixLinearOperator(matrix, _CURVED)
-            return lx.linear_solve(operator, vector, lx.Cholesky(), throw=False).value
-        _, product = jax.linearize(jax.grad(fn), theta)
+            return lx.MatrixLinearOperator(hessian(fn, theta), _CURVED)
         structure = jax.ShapeDtypeStruct(theta.shape, theta.dtype)
-        operator = lx.FunctionLinearOperator(lambda v: product(v) + shift * v, structure, _CURVED)
-        return lx.linear_solve(operator, vector, self.solver, throw=False).value
+        product = jax.linearize(jax.grad(fn), theta)[1]
+        return lx.FunctionLinearOperator(product, structure, _CURVED)
+
+    def _solve(self, operator, shift, vector) -> Float[Array, " P"]:
+        identity = lx.IdentityLinearOperator(operator.in_structure())
+        shifted = lx.TaggedLinearOperator(operator + shift * identity, _CURVED)
+        solver = lx.Cholesky() if self.solver is None else self.solver
+        return lx.linear_solve(shifted, vector, solver, throw=False).value
 
     def attempts(self):
         return (Chord(self.tolerance), self) if self.solver is None else (self,)
@@ -141,7 +151,7 @@ class Chord(AbstractTrainer):
     tolerance: float
     max_steps: int = eqx.field(default=100, static=True)
 
-    reverse_differentiable: ClassVar[bool] = False
+    reverse_differentiable: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def init(self, objective, model, weights):
         # The explicit inverse: under vmap it is one matrix product for all trainings, where two

@@ -1,6 +1,6 @@
 """Mini-batch training by any optax optimiser."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._custom_types import Model
 from .._misc import ravel, take
-from .._risk import EmpiricalRisk
 from .base import AbstractTrainer, Trained, check_count, flat, gradient_items, norm
 
 
@@ -45,7 +44,7 @@ class SGD(AbstractTrainer):
     epochs: int = eqx.field(converter=check_count, static=True, kw_only=True)
     key: PRNGKeyArray = eqx.field(kw_only=True)
 
-    reverse_differentiable: ClassVar[bool] = True
+    reverse_differentiable: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def init(self, objective, model, weights):
         return None
@@ -67,10 +66,12 @@ class SGD(AbstractTrainer):
         def step(carry, batch):
             params, optimiser_state = carry
             loss = lambda p: batch_objective(objective, eqx.combine(p, static), weights, batch)
-            updates, optimiser_state = self.optimiser.update(
-                jax.grad(loss)(params), optimiser_state, params
-            )
-            return (optax.apply_updates(params, updates), optimiser_state), None
+            gradient = jax.grad(loss)(params)
+            # optax's bias corrections mix integers and floats, which strict promotion forbids.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, optimiser_state = self.optimiser.update(gradient, optimiser_state, params)
+                params = optax.apply_updates(params, updates)
+            return (params, optimiser_state), None
 
         def epoch(carry, index):
             batches = self.batches(weights.shape[0], index)
@@ -99,7 +100,7 @@ class SGD(AbstractTrainer):
 
 
 def batch_objective(
-    risk: EmpiricalRisk, model: Model, weights: Float[Array, " n"], batch: Int[Array, " B"]
+    risk: Any, model: Model, weights: Float[Array, " n"], batch: Int[Array, " B"]
 ) -> Float[Array, ""]:
     """(1/B) Σ wᵢ ℓᵢ + Ω over one mini-batch."""
     losses = risk.losses(model, take(risk.data, batch))

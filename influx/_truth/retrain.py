@@ -15,7 +15,7 @@ from .._train import AbstractTrainer, Trained
 from .._train.base import Objective
 
 # Beyond this many at once nothing is gained: the matrix products are large enough.
-_MOST_LANES = 50
+_MOST_LANES = 25
 
 
 class Retrainable(Objective, Protocol):
