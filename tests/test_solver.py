@@ -264,7 +264,8 @@ def test_lanczos_factors_the_matrix(seed, kind, condition):
         rest[:, ~alive] = 0
         np.testing.assert_allclose(rest[:, :-1], 0, atol=1e-13)
         np.testing.assert_allclose(np.linalg.norm(rest[:, -1]), beta[-1], atol=1e-13)
-        # Padding keeps T's spectrum within H's.
+        # Padding repeats an entry, which keeps T's spectrum within H's.
+        assert np.all(alpha[~alive] == alpha[0])
         ends = np.linalg.eigvalsh(H)[[0, -1]]
         assert np.all(np.linalg.eigvalsh(T) >= ends[0] - 1e-13)
         assert np.all(np.linalg.eigvalsh(T) <= ends[1] + 1e-13)

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._misc import dot
 
-# What counts as zero, in powers of the machine epsilon and units of ‖A‖‖r‖, for ‖Ar‖: during the
-# recurrence (whose lost orthogonality leaves 1e-12 or so of it) and of the true residual at the end.
-_NULL_STEP, _NULL_RESIDUAL = 0.6, 0.5
+# A residual is a null vector of A where ‖Ar‖ is at most this power of the machine epsilon, in units of
+# ‖A‖‖r‖: lost orthogonality leaves 1e-9 or so of it in float64.
+_NULL = 0.5
 # Multiples of the machine epsilon that Ax may lose in a recurrence: well above one rounding, since
 # the errors of its search directions grow with the condition number.
 _LOST = 1e4
@@ -109,9 +109,7 @@ class MINRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         first = _Solve(jnp.zeros_like(b), b, norm, jnp.array(0), jnp.array(True), none)
         last = jax.lax.while_loop(unfinished, refine, first)
         slope = jnp.linalg.norm(matvec(last.residual))
-        is_null = (
-            slope <= jnp.finfo(b.dtype).eps ** _NULL_RESIDUAL * last.scale * last.residual_norm
-        )
+        is_null = slope <= jnp.finfo(b.dtype).eps ** _NULL * last.scale * last.residual_norm
         stats = {"num_steps": last.steps, "max_steps": self.max_steps}
         return unravel(last.x), _result(last, is_null, tolerance, budget), stats
 
@@ -141,7 +139,8 @@ class _Step(NamedTuple):
 
     `delta` and `epsilon` are the entries above the diagonal which the last rotation left for the next
     column of the triangular factor; `phi` is the norm of the recurrence's residual, `scale` a norm of A
-    as far as seen. `stuck`: the last step was not taken, since rounding would have undone it.
+    as far as seen. `stuck`: the last step was not taken, since rounding would have undone it. The
+    iterate whose residual is nearest to a null vector of A is kept beside, with its ‖Ar‖/‖r‖ (`slope`).
     """
 
     step: Int[Array, ""]
@@ -158,6 +157,9 @@ class _Step(NamedTuple):
     phi: Float[Array, ""]
     scale: Float[Array, ""]
     stuck: Bool[Array, ""]
+    null_x: Float[Array, " P"]
+    null_slope: Float[Array, ""]
+    null_phi: Float[Array, ""]
 
 
 def _recurrence(matvec, b: Float[Array, " P"], tolerance, budget) -> _Step:
@@ -179,9 +181,16 @@ def _recurrence(matvec, b: Float[Array, " P"], tolerance, budget) -> _Step:
         phi=norm,
         scale=none,
         stuck=jnp.array(False),
+        null_x=zero,
+        null_slope=none + jnp.inf,
+        null_phi=norm,
     )
     going = lambda at: (at.phi > tolerance) & (at.step < budget) & ~at.stuck
-    return jax.lax.while_loop(going, lambda at: _advance(matvec, at), start)
+    end = jax.lax.while_loop(going, lambda at: _advance(matvec, at), start)
+    # A null vector that later steps could not shrink: b leaves A's range, and they only grew x.
+    null = end.null_slope <= jnp.finfo(b.dtype).eps ** _NULL * end.scale
+    null = null & (2 * end.phi > end.null_phi)
+    return end._replace(x=jnp.where(null, end.null_x, end.x))
 
 
 def _advance(matvec, at: _Step) -> _Step:
@@ -201,11 +210,19 @@ def _advance(matvec, at: _Step) -> _Step:
     # of A, no step can shrink it, and dividing by gamma only blows x up. Nor does a step help that
     # makes x so large that rounding outgrows the residual: a fresh run from the true one does.
     eps = jnp.finfo(scale.dtype).eps
-    stuck = jnp.hypot(diagonal, delta) <= eps**_NULL_STEP * scale
-    stuck = stuck | (_LOST * eps * scale * jnp.linalg.norm(x) > at.phi)
+    slope = jnp.hypot(diagonal, delta)
+    nearer = slope < at.null_slope
+    kept = (
+        jnp.where(nearer, at.x, at.null_x),
+        jnp.where(nearer, slope, at.null_slope),
+        jnp.where(nearer, at.phi, at.null_phi),
+    )
+    stuck = (slope <= _LOST * eps * scale) | (_LOST * eps * scale * jnp.linalg.norm(x) > at.phi)
     x, phi = jnp.where(stuck, at.x, x), jnp.where(stuck, at.phi, phi)
     v = _divide(product, beta)
-    return _Step(at.step + 1, x, at.v, v, at.w, w, beta, c, s, delta, epsilon, phi, scale, stuck)
+    return _Step(
+        at.step + 1, x, at.v, v, at.w, w, beta, c, s, delta, epsilon, phi, scale, stuck, *kept
+    )
 
 
 def _divide(numerator: Array, denominator: Float[Array, ""]) -> Array:
