@@ -238,11 +238,10 @@ def newton(value, grad, hess, theta: np.ndarray, steps: int = 200) -> np.ndarray
     """Newton's method, convexified and with backtracking while far from a minimum."""
     for _ in range(steps):
         g, H = grad(theta), hess(theta)
-        size = np.linalg.norm(g)
-        if size < 1e-13:
-            break
-        low = np.linalg.eigvalsh(H)[0]
+        size, low = np.linalg.norm(g), np.linalg.eigvalsh(H)[0]
         step = -np.linalg.solve(H + max(0.0, 1e-2 - low) * np.eye(g.size) * (low < 1e-6), g)
+        if size < 1e-11:  # one step more leaves rounding only, by quadratic convergence
+            return theta + step
         length, here = 1.0, value(theta)
         # Once the gradient is tiny, differences of J are rounding: take the full step.
         while size > 1e-6 and value(theta + length * step) > here + 1e-4 * length * (g @ step):

@@ -48,7 +48,7 @@ from ._errors import gap
 from ._problems import ALL, problems
 from ._registry import Proposition, register
 
-DELTA = 0.02
+DELTA = 3e-3
 
 
 def differences(problem, points, delta: float) -> np.ndarray:
