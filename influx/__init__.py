@@ -1,5 +1,6 @@
 """Influence functions, memorization and certified removal for JAX and Equinox models."""
 
+from . import testing as testing
 from ._certify import Certificate as Certificate
 from ._certify import certify as certify
 from ._curvature import CG as CG
@@ -10,6 +11,8 @@ from ._curvature import Fisher as Fisher
 from ._curvature import GaussNewton as GaussNewton
 from ._curvature import Hessian as Hessian
 from ._curvature import Identity as Identity
+from ._diagnose import Diagnosis as Diagnosis
+from ._diagnose import diagnose as diagnose
 from ._influence import Influence as Influence
 from ._influence import influence as influence
 from ._loss import BinaryCrossEntropy as BinaryCrossEntropy
@@ -20,16 +23,27 @@ from ._memorization import LABELS as LABELS
 from ._memorization import Memorization as Memorization
 from ._memorization import memorization as memorization
 from ._restriction import restrict as restrict
+from ._restriction_bound import RestrictionBound as RestrictionBound
+from ._restriction_bound import restriction_bound as restriction_bound
 from ._risk import EmpiricalRisk as EmpiricalRisk
 from ._scale import Reference as Reference
 from ._top_k import TopK as TopK
 from ._top_k import top_k as top_k
+from ._train import LBFGS as LBFGS
+from ._train import SGD as SGD
+from ._train import Newton as Newton
+from ._train import fit as fit
 from ._transform import classification as classification
 from ._transform import groups as groups
 from ._transform import measure as measure
 from ._transform import relative as relative
 from ._transform import removal as removal
 from ._transform import self_influence as self_influence
+from ._truth import LDS as LDS
+from ._truth import lds as lds
+from ._truth import leave_one_out as leave_one_out
+from ._truth import leave_subset_out as leave_subset_out
+from ._truth import pbrf as pbrf
 from ._value import VERDICTS as VERDICTS
 from ._value import Value as Value
 from ._value import value as value

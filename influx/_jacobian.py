@@ -72,6 +72,10 @@ class AbstractJacobian(eqx.Module):
         """The Jacobians of some of the examples."""
 
     @abc.abstractmethod
+    def dense(self) -> Float[Array, "n K P"]:
+        """The Jacobians as one array, for few examples."""
+
+    @abc.abstractmethod
     def norms(self) -> Float[Array, " n"]:
         """‖Aᵢ‖₂."""
 
@@ -119,7 +123,14 @@ class OutputJacobian(AbstractJacobian):
         return self._map(one)
 
     def outer(self):
-        return self._map(lambda x: (lambda A: dot(A, A.T))(self.rows(x)))
+        def one(x):
+            A = self.rows(x)
+            return dot(A, A.T)
+
+        return self._map(one)
+
+    def dense(self):
+        return self._map(self.rows)
 
     def norms(self):
         return jnp.sqrt(jnp.linalg.eigvalsh(self.outer())[:, -1])
@@ -196,6 +207,12 @@ class HeadJacobian(AbstractJacobian):
         square = jnp.sum(jnp.square(self.features), axis=1)
         return square[:, None, None] * jnp.eye(self.outputs, dtype=square.dtype)[None]
 
+    def dense(self):
+        unit = jnp.eye(self.outputs, dtype=self.features.dtype)
+        outer = unit[None, :, :, None] * self.features[:, None, None, :]
+        n, K = outer.shape[:2]
+        return outer.reshape(n, K, -1)[:, :, self._inverse_order]
+
     def norms(self):
         return jnp.linalg.norm(self.features, axis=1)
 
@@ -246,7 +263,9 @@ def output_jacobian(risk: EmpiricalRisk, model: Model, inputs=None) -> AbstractJ
     if layout is None or not is_concrete((risk, model, inputs)) or not is_affine(risk, model):
         return general
     is_head, features = _head_features(general, *layout)
-    return HeadJacobian(features, *layout) if bool(is_head) else general
+    if not is_concrete(is_head) or not bool(is_head):  # inside a trace nothing can be compared
+        return general
+    return HeadJacobian(features, *layout)
 
 
 def _head_layout(risk: EmpiricalRisk, model: Model) -> tuple[int, tuple[int, ...]] | None:

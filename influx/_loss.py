@@ -97,8 +97,8 @@ class SoftmaxCrossEntropy(AbstractLoss):
     - `reduction`: `"sum"` or `"mean"` over the positions of a sequence.
 
     With hard labels this is a negative log-likelihood: output Hessian and exact Fisher are both
-    diag p − ppᵀ. Class weights and smoothing keep the Hessian's closed form; the Fisher then is that
-    of the weighted, smoothed score.
+    diag p − ppᵀ. Class weights and smoothing keep the Hessian's form; the Fisher is that of the
+    weighted, smoothed score.
     """
 
     class_weights: Float[Array, " C"] | None
@@ -118,9 +118,8 @@ class SoftmaxCrossEntropy(AbstractLoss):
             raise ValueError(f"`label_smoothing` must lie in [0, 1), got {label_smoothing}.")
         if class_weights is not None:
             class_weights = jnp.asarray(class_weights)
-            if is_concrete(class_weights) and not bool(
-                jnp.all(jnp.isfinite(class_weights) & (class_weights >= 0))
-            ):
+            values = np.asarray(class_weights) if is_concrete(class_weights) else np.ones(1)
+            if not (np.isfinite(values) & (values >= 0)).all():
                 raise ValueError(f"`class_weights` must be finite and ≥ 0, got {class_weights}.")
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
@@ -246,7 +245,7 @@ class BinaryCrossEntropy(AbstractLoss):
     def check(self, output, targets):
         targets = _array_target(targets)
         _check_shape(targets, output.shape, "BinaryCrossEntropy takes labels of the output's shape")
-        if is_concrete(targets) and not bool(jnp.all((targets == 0) | (targets == 1))):
+        if is_concrete(targets) and not np.isin(np.asarray(targets), (0, 1)).all():
             bad = np.flatnonzero(np.any(_rows(~np.isin(np.asarray(targets), (0, 1))), axis=1))
             raise ValueError(
                 f"BinaryCrossEntropy takes labels 0 and 1, got others at examples {_some(bad)}."

@@ -92,8 +92,8 @@ def check_damping(damping) -> float:
     """A damping λ is a number at least zero."""
     if isinstance(damping, jax.core.Tracer):
         return damping
-    if not np.isscalar(damping) and getattr(damping, "ndim", 1) != 0:
-        raise ValueError(f"`damping` must be a number, got {damping!r}.")
+    if not np.issubdtype(np.asarray(damping).dtype, np.number) or np.ndim(damping) != 0:
+        raise ValueError(f"`damping` must be one number, got {damping!r}.")
     if not np.isfinite(damping) or damping < 0:
         raise ValueError(
             f"`damping` is λ in (H + λI) and must be at least 0, got {damping}. "

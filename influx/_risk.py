@@ -262,7 +262,7 @@ def _check_parameters(model: Model) -> None:
             raise ValueError(
                 f"The parameter {jtu.keystr(path)} is complex; influx needs real ones."
             )
-        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+        if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(
                 f"The parameter {jtu.keystr(path)} is NaN or infinite: training diverged. "
                 "Retrain with a smaller step, or restore an earlier model."

@@ -64,7 +64,8 @@ def _top_k(f: Influence, queries: PyTree[Array], k: int, chunk_size: int | None)
             # The last block reaches back over points already seen; those are masked out.
             indices = jnp.minimum(start, n - b) + jnp.arange(b)
             scores = f.effect.columns(f, prepared, indices)
-            use = (indices >= start) & ~jnp.isnan(scores)
+            fresh = jnp.broadcast_to(indices >= start, scores.shape)
+            use = fresh & ~jnp.isnan(scores)
             highest, lowest = best
             return (
                 _merge(highest, jnp.where(use, scores, -jnp.inf), indices, k),

@@ -1,7 +1,6 @@
 """Curvatures that are never formed: their products, and an iterative solver of lineax."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
@@ -18,7 +17,7 @@ class CG(AbstractCurvature):
     **Arguments:**
 
     - `curvature`: what to solve with, e.g. `GaussNewton(damping=1e-3)`. Its damping is the only one.
-    - `rtol`, `atol`: a solve ends at |Hx − v| ≤ atol + rtol·|v| (root mean square norms).
+    - `rtol`: a solve ends at ‖Hx − v‖ ≤ rtol·‖v‖.
     - `max_steps`: default 10·P.
 
     A solve that does not meet its tolerance is an error, not a number. A curvature with a negative
@@ -31,7 +30,6 @@ class CG(AbstractCurvature):
 
     curvature: AbstractCurvature
     rtol: float = eqx.field(default=1e-10, kw_only=True)
-    atol: float = eqx.field(default=0.0, kw_only=True)
     max_steps: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     @property
@@ -47,7 +45,8 @@ class CG(AbstractCurvature):
         if is_concrete((risk, model)):
             _check_ritz(operator, model)
         steps = 10 * flat_structure(model).size if self.max_steps is None else self.max_steps
-        return Factored(operator, lx.CG(rtol=self.rtol, atol=self.atol, max_steps=steps))
+        solver = lx.CG(rtol=0.0, atol=self.rtol, max_steps=steps)
+        return Normalised(Factored(operator, solver))
 
     def check_without(self):
         self.curvature.check_without()
@@ -68,7 +67,6 @@ class MINRES(AbstractCurvature):
 
     curvature: AbstractCurvature
     rtol: float = eqx.field(default=1e-10, kw_only=True)
-    atol: float = eqx.field(default=0.0, kw_only=True)
     max_steps: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     @property
@@ -81,14 +79,36 @@ class MINRES(AbstractCurvature):
     def factor(self, risk, model):
         _check_steps(self.max_steps)
         steps = 10 * flat_structure(model).size if self.max_steps is None else self.max_steps
-        solver = MinresSolver(rtol=self.rtol, atol=self.atol, max_steps=steps)
-        return Factored(_operator(self.curvature, risk, model), solver)
+        solver = MinresSolver(rtol=0.0, atol=self.rtol, max_steps=steps)
+        return Normalised(Factored(_operator(self.curvature, risk, model), solver))
 
     def check_without(self):
         self.curvature.check_without()
 
     def without(self, risk, model, factored, jacobian, indices):
         return self.curvature.without(risk, model, factored, jacobian, indices)
+
+
+class Normalised(AbstractFactored):
+    """Solves for v scaled to entries of size 1, so that an absolute tolerance is relative to v.
+
+    lineax's own `rtol` is relative to each entry of v by itself, which no step can meet where v has
+    zeros.
+    """
+
+    factored: Factored
+
+    def matvec(self, v):
+        return self.factored.matvec(v)
+
+    def try_solve(self, v):
+        size = jnp.linalg.norm(v) / jnp.sqrt(jnp.asarray(v.size, v.dtype))
+        unit = jnp.where(size == 0, 1, size)
+        x, converged = self.factored.try_solve(v / unit)
+        return x * unit, converged | (size == 0)
+
+    def perturbed(self, matvec):
+        return Normalised(self.factored.perturbed(matvec))
 
 
 def _operator(curvature: AbstractCurvature, risk, model) -> lx.FunctionLinearOperator:
@@ -127,9 +147,3 @@ def _check_ritz(operator, model) -> None:
             f"{high:.3g}), and CG needs a positive definite one. Use damping > {-low:.2g}, "
             "CG(GaussNewton()), MINRES(...) for a saddle point, or train to a minimum."
         )
-
-
-def residual(factored: AbstractFactored, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """‖v − (H + λI)x‖/‖v‖ of the solve for `v`, and whether the solver met its tolerance."""
-    x, converged = factored.try_solve(v)
-    return jnp.linalg.norm(v - factored.matvec(x)) / jnp.linalg.norm(v), converged

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from .._custom_types import Model
 from .._gradients import example_gradient, risk_gradient
 from .._jacobian import AbstractJacobian
-from .._misc import chunk_length, chunked_map, einsum, ravel, take
+from .._misc import chunk_length, chunked_map, dot, einsum, ravel, take
 from .._risk import EmpiricalRisk
 from .base import AbstractFactored
 
@@ -40,19 +40,6 @@ def output_terms(
     return OutputTerms(jacobian.take(indices), residual, hessian, share)
 
 
-def inverse_sandwich(
-    factored: AbstractFactored, jacobian: AbstractJacobian, k: int, K: int, P: int, dtype
-) -> Float[Array, "k K K"]:
-    """Aᵢ H⁻¹ Aᵢᵀ, through H⁻¹ itself or through the k·K rows of the Aᵢ, whichever is fewer solves."""
-    if P <= k * K:
-        inverse = jax.vmap(factored.solve)(jnp.eye(P, dtype=dtype))
-        return jacobian.sandwich(inverse)
-    unit = lambda c: jnp.broadcast_to(jnp.eye(K, dtype=dtype)[c], (k, K))
-    rows = jnp.stack([jacobian.pull(unit(c)) for c in range(K)], axis=1)  # [k, K, P]
-    solved = jax.lax.map(jax.vmap(factored.solve), rows)
-    return einsum("kcp,kdp->kcd", rows, solved)
-
-
 def woodbury_steps(
     terms: OutputTerms, factored: AbstractFactored, gradient: Float[Array, " P"]
 ) -> Float[Array, "k P"]:
@@ -65,15 +52,22 @@ def woodbury_steps(
     For scalar squared loss (S = 1) the middle factor is 1/(1 − hᵢ), hᵢ = (wᵢ/n)Kᵢ the leverage.
     """
     k, K = terms.residual.shape
-    P, dtype = gradient.size, gradient.dtype
     delta = -factored.solve(gradient)
-    inner = inverse_sandwich(factored, terms.jacobian, k, K, P, dtype)
-    share = terms.share[:, None, None]
-    matrix = jnp.eye(K, dtype=dtype)[None] - share * einsum("kab,kbc->kac", terms.hessian, inner)
     pushed = terms.residual + einsum("kab,kb->ka", terms.hessian, terms.jacobian.push(delta))
-    u = jnp.linalg.solve(matrix, pushed[..., None])[..., 0]
-    steps = jax.vmap(factored.solve)(terms.jacobian.pull(terms.share[:, None] * u))
-    return delta[None] + steps
+
+    def middle(inner: Float[Array, "k K K"]) -> Float[Array, "k K"]:
+        curved = terms.share[:, None, None] * einsum("kab,kbc->kac", terms.hessian, inner)
+        matrix = jnp.eye(K, dtype=gradient.dtype)[None] - curved
+        return terms.share[:, None] * jnp.linalg.solve(matrix, pushed[..., None])[..., 0]
+
+    if gradient.size <= k * K:  # H⁻¹ itself costs fewer solves than the rows of all Aᵢ
+        inverse = jax.vmap(factored.solve)(jnp.eye(gradient.size, dtype=gradient.dtype))
+        u = middle(terms.jacobian.sandwich(inverse))
+        return delta[None] + dot(terms.jacobian.pull(u), inverse)
+    rows = terms.jacobian.dense()  # [k, K, P]
+    solved = jax.lax.map(jax.vmap(factored.solve), rows)
+    u = middle(einsum("kap,kbp->kab", rows, solved))
+    return delta[None] + einsum("ka,kap->kp", u, solved)
 
 
 @eqx.filter_jit

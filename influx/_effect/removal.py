@@ -14,7 +14,8 @@ class FirstOrder(AbstractEffect):
 
     def columns(self, f, prepared, indices):
         weights = f.risk.weights if indices is None else f.risk.weights[indices]
-        return -weights / f.risk.n * Derivative().columns(f, prepared, indices)
+        scores = Derivative().columns(f, prepared, indices)
+        return -jnp.broadcast_to(weights, scores.shape) * scores / f.risk.n
 
 
 class Newton(AbstractEffect):

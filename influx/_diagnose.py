@@ -1,0 +1,263 @@
+"""Whether an influence computation can be trusted: measured findings, each with a remedy."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+import numpy as np
+
+from ._curvature import AbstractFactored
+from ._gradients import map_gradients, risk_gradient
+from ._influence import Influence
+from ._misc import ravel
+from ._solver.bounds import lanczos
+
+VERDICT_ORDER = ("good", "warning", "bad")
+
+
+class Finding(eqx.Module):
+    """One measured property: its `name`, the `figure` as text, a `verdict` ("good", "warning" or
+    "bad"), what it `means`, and a `remedy` (empty where the verdict is good)."""
+
+    name: str
+    figure: str
+    verdict: str
+    means: str
+    remedy: str
+
+
+class Diagnosis(eqx.Module):
+    """The findings of `diagnose`. `str(diagnosis)` is a plain table; `diagnosis["spectrum"]` one of
+    them; `.verdict` the worst."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> str:
+        return max((x.verdict for x in self.findings), key=VERDICT_ORDER.index)
+
+    def __getitem__(self, name: str) -> Finding:
+        for finding in self.findings:
+            if finding.name == name:
+                return finding
+        raise KeyError(f"No finding {name!r}; there are {[x.name for x in self.findings]}.")
+
+    def __str__(self) -> str:
+        rows = [f"{x.verdict:8} {x.name:20} {x.figure}\n{'':9}{x.means}" for x in self.findings]
+        remedies = [f"\n{'':9}→ {x.remedy}" if x.remedy else "" for x in self.findings]
+        return "\n".join(row + remedy for row, remedy in zip(rows, remedies))
+
+
+def diagnose(f: Influence) -> Diagnosis:
+    """Measure whether the numbers of `f` can be trusted.
+
+    | finding | figure | good when |
+    |---|---|---|
+    | `finite` | losses and gradients that are NaN or infinite | none |
+    | `stationarity` | ‖∇J(θ̂)‖ over rms‖gᵢ‖/n, the slope one point makes | < 0.01 |
+    | `spectrum` | extreme eigenvalues of H + λI, condition number κ | κ·u < 1e-8 |
+    | `effective dimension` | tr (H − l2)(H + λ)⁻¹: directions the data decide | ≥ 1 |
+    | `solve` | relative residual ‖v − Hx‖/‖v‖, and the error of a score it implies | bound < 1e-3 |
+    | `precision` | worst relative asymmetry of uᵀH⁻¹v, measured | < 1e-3 |
+    | `leverage` | largest wᵢsᵢ/n: how far first order misjudges a removal | < 0.2 |
+    | `undefined` | training points of undefined relative influence | none |
+
+    u is the unit roundoff of the parameters' dtype. The error bound of the solve is
+    |gᵀ(x − x*)| ≤ ‖g‖‖r‖/λ_min, relative to a typical √(sᵢsⱼ). Measurement and effect of `f` play no
+    part.
+
+    **Cost:** n solves, and for a dense curvature its eigenvalues, O(P³).
+    """
+    finite = _finite(f)
+    if finite.verdict == "bad":
+        return Diagnosis((finite,))
+    state = _measure(f)
+    low, high = _extremes(f, f.response.factored)
+    return Diagnosis((
+        finite,
+        _stationarity(state),
+        _spectrum(f, low, high),
+        _dimension(f),
+        _solve(state, low),
+        _precision(state),
+        _leverage(state),
+        _undefined(f),
+    ))  # fmt: skip
+
+
+def _judge(value: float, warning: float, bad: float) -> str:
+    """ "good" below `warning`, "bad" from `bad` on, and for NaN."""
+    return "good" if value < warning else ("warning" if value < bad else "bad")
+
+
+def _finding(name, figure, verdict, means, remedy) -> Finding:
+    return Finding(name, figure, verdict, means, "" if verdict == "good" else remedy)
+
+
+def _finite(f: Influence) -> Finding:
+    losses = eqx.filter_jit(f.risk.losses)(f.model)
+    norms = eqx.filter_jit(map_gradients)(lambda _, g: jnp.linalg.norm(g), f.risk, f.model)
+    bad = np.flatnonzero(~np.isfinite(np.asarray(losses)) | ~np.isfinite(np.asarray(norms)))
+    return _finding(
+        "finite",
+        f"{bad.size} of {f.risk.n} examples",
+        "bad" if bad.size else "good",
+        "Examples whose loss or gradient at this model is NaN or infinite"
+        + (f", the first {bad[:5].tolist()}." if bad.size else ": none."),
+        "Look at those examples; a log(0), 0/0 or sqrt(0) in the loss needs a safe form.",
+    )
+
+
+@eqx.filter_jit
+def _measure(f: Influence) -> dict:
+    theta, _ = ravel(f.model)
+    squares = map_gradients(lambda _, g: jnp.vdot(g, g), f.risk, f.model)
+    gradient = risk_gradient(f.risk, f.model)
+    u, v = jr.normal(jr.key(0), (2, theta.size), theta.dtype)
+    factored = f.response.factored
+    x, converged = factored.try_solve(u)
+    y, _ = factored.try_solve(v)
+
+    def self_product(_, g):
+        solved, done = factored.try_solve(g)
+        return jnp.vdot(g, solved), jnp.linalg.norm(g - factored.matvec(solved)), done
+
+    s, residuals, done = map_gradients(self_product, f.risk, f.model)
+    return {
+        "gradient": jnp.linalg.norm(gradient),
+        "typical": jnp.sqrt(jnp.mean(squares)),
+        "self": s,
+        "weights": f.risk.weights,
+        "residuals": residuals,
+        "norms": jnp.sqrt(squares),
+        "probe": jnp.linalg.norm(u - factored.matvec(x)) / jnp.linalg.norm(u),
+        "converged": converged & jnp.all(done),
+        "asymmetry": jnp.abs(jnp.vdot(v, x) - jnp.vdot(u, y))
+        / jnp.sqrt(jnp.abs(jnp.vdot(u, x) * jnp.vdot(v, y))),
+    }
+
+
+def _extremes(f: Influence, factored: AbstractFactored) -> tuple[float, float]:
+    """The extreme eigenvalues of H + λI: exactly where it is dense, else the extreme Ritz values."""
+    operator = getattr(factored, "operator", None)
+    if isinstance(operator, lx.MatrixLinearOperator):
+        values = np.linalg.eigvalsh(np.asarray(operator.as_matrix()))
+        return float(values[0]), float(values[-1])
+    theta, _ = ravel(f.model)
+    start = jr.normal(jr.key(1), theta.shape, theta.dtype)
+    _, alpha, beta = eqx.filter_jit(lanczos)(factored.matvec, start, min(40, theta.size))
+    off = np.diag(np.asarray(beta)[:-1], 1)
+    values = np.linalg.eigvalsh(np.diag(np.asarray(alpha)) + off + off.T)
+    return float(values[0]), float(values[-1])
+
+
+def _stationarity(state: dict) -> Finding:
+    n = state["weights"].shape[0]
+    ratio = float(state["gradient"] / (state["typical"] / n))
+    return _finding(
+        "stationarity",
+        f"|grad J| = {float(state['gradient']):.2e}, {ratio:.1e} of one point's slope",
+        _judge(ratio, 0.01, 1.0),
+        "Influence is the derivative at a minimum: what is left of training is compared with what "
+        "removing one point does.",
+        "Train further: `model = influx.fit(risk, model, influx.Newton())`, or "
+        'LBFGS() for a network; `removal(f, "newton")` subtracts what is left of training.',
+    )
+
+
+def _spectrum(f: Influence, low: float, high: float) -> Finding:
+    theta, _ = ravel(f.model)
+    condition = high / low if low > 0 else np.inf
+    loss = condition * float(jnp.finfo(theta.dtype).eps)
+    return _finding(
+        "spectrum",
+        f"eigenvalues {low:.2e} … {high:.2e}, condition {condition:.1e}",
+        _judge(loss, 1e-8, 1e-3),
+        "Directions with a small eigenvalue multiply errors of gradients; not positive means no "
+        "minimum.",
+        "Raise l2 or damping, drop duplicate or constant features, or compute in float64.",
+    )
+
+
+def _dimension(f: Influence) -> Finding:
+    theta, _ = ravel(f.model)
+    dimension, error = _effective_dimension(f)
+    dimension, error = float(dimension), float(error)
+    return _finding(
+        "effective dimension",
+        f"{dimension:.1f}{f' ± {error:.1f}' if error else ''} of {theta.size}",
+        _judge(-dimension, -1.0, -0.1),
+        "Directions whose size the data decide rather than l2 and damping. Near 0, influence is a "
+        "gradient dot product in disguise.",
+        "Lower the damping (it is added to a curvature that already contains l2).",
+    )
+
+
+@eqx.filter_jit
+def _effective_dimension(f: Influence):
+    """tr (H − l2)(H + λ)⁻¹ = P − tr (l2 + λ)(H + λ)⁻¹: exact for P ≤ 2000, else from 64 sign probes
+    with their standard error."""
+    theta, _ = ravel(f.model)
+    prior = f.risk.l2_vector(f.model) + jnp.asarray(f.response.curvature.damping, theta.dtype)
+    form = lambda z: jnp.vdot(prior * z, f.response.factored.try_solve(z)[0])
+    if theta.size <= 2000:
+        basis = jnp.eye(theta.size, dtype=theta.dtype)
+        return theta.size - jnp.sum(jax.lax.map(form, basis, batch_size=64)), 0.0
+    signs = jr.rademacher(jr.key(2), (64, theta.size)).astype(theta.dtype)
+    samples = theta.size - jax.lax.map(form, signs)
+    return jnp.mean(samples), jnp.std(samples, ddof=1) / 8
+
+
+def _solve(state: dict, low: float) -> Finding:
+    s, residuals, norms = (np.asarray(state[k]) for k in ("self", "residuals", "norms"))
+    relative = float(np.max(np.where(norms > 0, residuals / np.where(norms > 0, norms, 1), 0)))
+    relative = max(relative, float(state["probe"]))
+    typical = float(np.median(np.abs(s)))
+    bound = float(np.median(norms) * np.max(residuals)) / (low * typical) if low > 0 else np.inf
+    converged = bool(state["converged"])
+    verdict = _judge(bound, 1e-3, 0.1) if converged else "bad"
+    return _finding(
+        "solve",
+        f"relative residual {relative:.1e}, score error at most {bound:.1e} of a typical s_i",
+        verdict,
+        "How well the linear solves were done" + (
+            ": every one met its tolerance." if converged else ": some did NOT converge."
+        ),
+        "Allow more steps (`max_steps=`) or a smaller `rtol=`, raise the damping, or solve directly.",
+    )  # fmt: skip
+
+
+def _precision(state: dict) -> Finding:
+    asymmetry = float(state["asymmetry"])
+    return _finding(
+        "precision",
+        f"{asymmetry:.1e} asymmetry of u·H⁻¹v, in {state['self'].dtype}",
+        _judge(asymmetry, 1e-3, 0.05),
+        "H⁻¹ is symmetric; what is not, was lost to rounding or to the solver.",
+        "Compute in float64 (`jax_enable_x64`), or raise l2 or damping.",
+    )
+
+
+def _leverage(state: dict) -> Finding:
+    share = np.asarray(state["weights"] * state["self"]) / state["weights"].shape[0]
+    top = float(np.max(share))
+    return _finding(
+        "leverage",
+        f"largest {top:.2f}, {int((share > 0.2).sum())} points above 0.2",
+        "good" if top < 0.2 else "warning",
+        "Where w s/n is not small, removing the point changes the curvature it is judged by, and "
+        "first order underestimates the effect.",
+        '`removal(f, "newton")` and `memorization(f, "newton")` take it into account.',
+    )
+
+
+def _undefined(f: Influence) -> Finding:
+    count = int(jnp.sum(f.undefined))
+    return _finding(
+        "undefined",
+        f"{count} of {f.risk.n} points",
+        "warning" if count else "good",
+        "Training points with gradient 0, whose relative influence is 0/0 and stands as NaN.",
+        "`f.undefined` lists them; plain influence of those points is 0.",
+    )

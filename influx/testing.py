@@ -1,0 +1,268 @@
+"""The laws of influence, run on a user's own risk and model."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from ._curvature import AbstractCurvature, Hessian
+from ._custom_types import Model
+from ._gradients import example_gradient, risk_gradient
+from ._influence import Influence, influence
+from ._loss import AbstractLoss
+from ._misc import ravel, ravel_gradient, take
+from ._risk import EmpiricalRisk, validate
+from ._train.base import AbstractTrainer
+from ._train.newton import Newton
+from ._transform import classification, removal, self_influence
+from ._truth import leave_subset_out
+
+
+class Law(eqx.Module):
+    """One law on one problem: the worst `error`, relative to its scale, against `tolerance`; `reason`
+    says why a law does not apply (then `error` is NaN)."""
+
+    name: str
+    statement: str
+    error: float
+    tolerance: float
+    reason: str = ""
+
+    @property
+    def status(self) -> str:
+        if self.reason:
+            return "skipped"
+        return "holds" if self.error <= self.tolerance else "BROKEN"
+
+
+class Report(eqx.Module):
+    """The laws that `check` ran. `.holds`: none is broken. `str(report)` is a plain table."""
+
+    laws: tuple[Law, ...]
+
+    @property
+    def holds(self) -> bool:
+        return all(law.status != "BROKEN" for law in self.laws)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{law.status:8} {law.name:22} "
+            + (law.reason or f"error {law.error:.1e} (tolerance {law.tolerance:.0e})")
+            + (f"\n{'':9}{law.statement}" if law.status == "BROKEN" else "")
+            for law in self.laws
+        )
+
+
+class BrokenLaw(AssertionError):
+    """A law of influence fails on this risk and model; the message is the table of all laws."""
+
+
+def check(
+    risk: EmpiricalRisk,
+    model: Model,
+    *,
+    curvature: AbstractCurvature = Hessian(),  # noqa: B008  (frozen)
+    trainer: AbstractTrainer | None = None,
+    points: int = 8,
+    seed: int = 0,
+) -> Report:
+    """Run the laws that apply to `risk` and `model`, on `points` training points drawn by `seed`.
+
+    *Of the problem:* the loss is finite and repeatable; its gradient agrees with central differences;
+    its second derivative is symmetric and agrees with differences of the gradient; the loss's
+    `output_hessian` is the one that automatic differentiation finds.
+
+    *Of influence* (P2, P3, P4, P5, P8): symmetry, the sign of self-influence, the zero sum, the
+    Cauchy–Schwarz bound, the classes.
+
+    *Against retraining* (P1, P10): with a trainer that reaches a stationary point (`Newton()` by
+    default, up to 2,000 parameters), the derivative against re-minimised problems with a point's
+    weight moved up and down, and one Newton removal against leave-one-out.
+
+    **Returns:** a `Report`. **Raises:** `BrokenLaw` (an `AssertionError`) with the table where one
+    fails; `ValueError` where risk and model do not fit.
+    """
+    validate(risk, model)
+    chosen = np.random.default_rng(seed).permutation(risk.n)[: min(points, risk.n)]
+    indices = jnp.asarray(np.sort(chosen))
+    laws = _problem_laws(risk, model, indices, seed)
+    if all(law.status != "BROKEN" for law in laws):
+        f = influence(risk, model, curvature)
+        laws += _influence_laws(f, indices) + _retraining_laws(f, indices, trainer)
+    report = Report(tuple(laws))
+    if not report.holds:
+        raise BrokenLaw("\n" + str(report))
+    return report
+
+
+def _relative(got, expected) -> float:
+    """max |got − expected| over max |expected|; NaN counts as a failure (infinite)."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    scale = max(float(np.max(np.abs(expected))), float(np.finfo(got.dtype).tiny))
+    error = float(np.max(np.abs(got - expected))) / scale
+    return error if np.isfinite(error) else np.inf
+
+
+def _tolerances(dtype) -> tuple[float, float, float]:
+    """Step of a central difference, its tolerance, and that of an algebraic identity."""
+    eps = float(jnp.finfo(dtype).eps)
+    return eps ** (1 / 3), 30 * eps ** (2 / 3) * 1e3, 1e5 * eps
+
+
+def _problem_laws(risk, model, indices, seed) -> list[Law]:
+    theta, rebuild = ravel(model)
+    step, difference, identity = _tolerances(theta.dtype)
+    step = step * max(1.0, float(jnp.linalg.norm(theta)))
+    data = take(risk.data, indices)
+    u, v = jr.normal(jr.key(seed), (2, theta.size), theta.dtype)
+    u, v = u / jnp.linalg.norm(u), v / jnp.linalg.norm(v)
+    losses = eqx.filter_jit(lambda t: risk.losses(rebuild(t), data))
+    slopes = eqx.filter_jit(
+        lambda t: jax.vmap(lambda z: example_gradient(risk, rebuild(t), z))(data)
+    )
+    gradient = eqx.filter_jit(lambda t: risk_gradient(risk, rebuild(t)))
+    product = eqx.filter_jit(lambda t, w: jax.jvp(gradient, (t,), (w,))[1])
+    values, rows = losses(theta), slopes(theta)
+    if not bool(jnp.all(jnp.isfinite(values)) & jnp.all(jnp.isfinite(rows))):
+        bad = np.asarray(indices)[
+            ~np.isfinite(np.asarray(values)) | ~np.isfinite(np.asarray(rows)).all(axis=1)
+        ]
+        return [
+            Law("finite", f"Losses and gradients are finite; not at {bad.tolist()}.", np.inf, 0)
+        ]
+    again = losses(theta)
+    central = (losses(theta + step * u) - losses(theta - step * u)) / (2 * step)
+    curved = (gradient(theta + step * u) - gradient(theta - step * u)) / (2 * step)
+    Hu, Hv = product(theta, u), product(theta, v)
+    scale = jnp.linalg.norm(Hu) + jnp.linalg.norm(Hv)
+    return [
+        Law("finite", "Losses and gradients are finite.", 0.0, 0.0),
+        Law("repeatable", "A loss has one value.", _relative(again, values), 0.0),
+        Law(
+            "gradient",
+            "∇ℓ·u is the central difference of ℓ: a wrong custom derivative breaks it.",
+            _relative(rows @ u, central) * _shrink(rows @ u, rows),
+            difference,
+        ),
+        Law(
+            "second derivative",
+            "∇²J u is the central difference of ∇J.",
+            float(jnp.linalg.norm(Hu - curved) / jnp.linalg.norm(Hu)),
+            difference,
+        ),
+        Law(
+            "symmetric Hessian",
+            "uᵀ∇²J v = vᵀ∇²J u.",
+            float(jnp.abs(jnp.vdot(u, Hv) - jnp.vdot(v, Hu)) / scale),
+            identity,
+        ),
+        _output_law(risk, model, data, identity),
+    ]
+
+
+def _shrink(projections, rows) -> float:
+    """Central differences see only the part of a gradient along u: compare with its whole size."""
+    return float(jnp.max(jnp.abs(projections)) / jnp.max(jnp.linalg.norm(rows, axis=1)))
+
+
+def _output_law(risk: EmpiricalRisk, model: Model, data, tolerance: float) -> Law:
+    name, statement = "output Hessian", "loss.output_hessian is ∇²ℓ in the output."
+    shape = eqx.filter_eval_shape(risk.output, model, take(data[0], 0))
+    if not isinstance(shape, jax.ShapeDtypeStruct):
+        return Law(name, statement, np.nan, 0, "skipped: the output is not one array")
+
+    @eqx.filter_jit
+    def both(loss: AbstractLoss):
+        def one(x, y):
+            output = risk.output(model, x)
+            flat = lambda o: loss(o.reshape(output.shape), y)
+            return loss.output_hessian(output, y), jax.hessian(flat)(output.reshape(-1))
+
+        return jax.vmap(one)(*data)
+
+    claimed, found = both(risk.loss)
+    return Law(name, statement, _relative(claimed, found), tolerance)
+
+
+def _influence_laws(f: Influence, indices) -> list[Law]:
+    theta, rebuild = ravel(f.model)
+    _, _, identity = _tolerances(theta.dtype)
+    data = take(f.risk.data, indices)
+    scores = f(data)
+    own = self_influence(f)
+    size = jnp.sqrt(-own)
+    queries = size[indices]
+    with jax.numpy_rank_promotion("allow"):
+        bound = queries[:, None] * size[None, :]
+        excess = jnp.max(jnp.abs(scores) / bound) - 1
+    gradients = jax.vmap(lambda z: example_gradient(f.risk, f.model, z))(data)
+    penalty = ravel_gradient(jax.grad(lambda t: f.risk.regulariser(rebuild(t)))(theta))
+    total = f.risk.n * (penalty - risk_gradient(f.risk, f.model))
+    sums = jax.vmap(lambda x: jnp.vdot(x, total))(f.response.prepare(gradients))
+    spread = jnp.sum(jnp.abs(scores) * f.risk.weights[None, :], axis=1)
+    zero_sum = jnp.max(jnp.abs(scores @ f.risk.weights - sums) / spread)
+    pairs = scores[:, indices]
+    return [
+        Law("P2 symmetry", "I(i; ℓ_j) = I(j; ℓ_i).", _relative(pairs, pairs.T), identity),
+        Law(
+            "P3 self-influence",
+            "I(i; ℓ_i) = −s_i ≤ 0.",
+            max(_relative(jnp.diagonal(pairs), own[indices]), float(jnp.max(own) > 0)),
+            identity,
+        ),
+        Law("P4 zero sum", "Σ w_i I(i; m) = n ∇mᵀH⁻¹(∇Ω − ∇J).", float(zero_sum), identity),
+        Law("P5 bound", "|I(i; m)| ≤ √s_i √(∇mᵀH⁻¹∇m).", max(0.0, float(excess)), identity),
+        _class_law(f, data, identity),
+    ]
+
+
+def _class_law(f: Influence, data, tolerance: float) -> Law:
+    name, statement = "P8 classes", "Σ_c I(i; p_c) = 0."
+    try:
+        probabilities = classification(f, "probability")(data)
+    except ValueError:
+        return Law(name, statement, np.nan, 0, "skipped: the loss is not one classifier's")
+    total = jnp.max(jnp.abs(jnp.sum(probabilities, axis=1)))
+    return Law(name, statement, float(total / jnp.max(jnp.abs(probabilities))), tolerance)
+
+
+def _retraining_laws(f: Influence, indices, trainer: AbstractTrainer | None) -> list[Law]:
+    theta, _ = ravel(f.model)
+    names = (
+        ("P1 first order", "n (m(w + δwᵢeᵢ) − m(w − δwᵢeᵢ))/2δ = wᵢ I(i; m)."),
+        ("P10 Newton removal", "A Newton removal is nearer to retraining than no removal at all."),
+    )
+    reason = _no_retraining(f, theta, trainer)
+    if reason:
+        return [Law(name, statement, np.nan, 0, f"skipped: {reason}") for name, statement in names]
+    trainer = Newton() if trainer is None else trainer
+    queries, some = take(f.risk.data, indices), indices[: min(4, indices.size)]
+    unit = jnp.eye(f.risk.n, dtype=theta.dtype)[some]
+
+    def losses(whole):
+        return jax.vmap(lambda z: f.risk.loss(f.risk.predict(whole, z[0]), z[1]))(queries)
+
+    def retrained(masks):
+        return leave_subset_out(f.risk, f.model, trainer, masks=masks, outcome=losses)
+
+    delta = 0.05
+    slopes = (retrained(1 + delta * unit) - retrained(1 - delta * unit)) / (2 * delta)
+    expected = -removal(f, "first-order")(queries)[:, some].T
+    removed = retrained(1 - unit) - losses(f.risk.whole(f.model))[None]
+    predicted = removal(f, "newton")(queries)[:, some].T
+    return [
+        Law(*names[0], _relative(slopes, expected), 1e-2),
+        Law(*names[1], _relative(predicted, removed), 0.5),
+    ]
+
+
+def _no_retraining(f: Influence, theta, trainer) -> str:
+    if theta.dtype != jnp.float64:
+        return "differences of retrained models need float64"
+    if trainer is None and theta.size > 2000:
+        return "more than 2,000 parameters: pass `trainer=`"
+    slope = float(jnp.linalg.norm(risk_gradient(f.risk, f.model)))
+    if slope > 1e-8:
+        return f"the model is not at a stationary point (|grad J| = {slope:.1e})"
+    return ""
