@@ -135,21 +135,19 @@ def test_any_start_leads_to_the_same_minimum():
     )
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5, 7, 23, 100])
+def parts(model):
+    return {"b": model.bias, "a": model.weight}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 23])
 def test_chunks_do_not_matter(chunk_size):
     _, _, _, risk, model = softmax_problem(4)
-    whole = leave_one_out(risk, model, Newton(), outcome=lambda m: {"b": m.bias, "a": m.weight})
-    parts = leave_one_out(
-        risk,
-        model,
-        Newton(),
-        outcome=lambda m: {"b": m.bias, "a": m.weight},
-        chunk_size=chunk_size,
-    )
-    assert parts["a"].shape == (N, C, D)
-    assert parts["b"].shape == (N, C)
+    whole = leave_one_out(risk, model, Newton(), outcome=parts)
+    chunked = leave_one_out(risk, model, Newton(), outcome=parts, chunk_size=chunk_size)
+    assert chunked["a"].shape == (N, C, D)
+    assert chunked["b"].shape == (N, C)
     for name in "ab":
-        np.testing.assert_allclose(parts[name], whole[name], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(chunked[name], whole[name], rtol=0, atol=1e-12)
 
 
 def test_a_second_call_compiles_nothing():
