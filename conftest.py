@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, settings
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Small problems: compiling them well costs more than running them badly.
+jax.config.update("jax_disable_most_optimizations", True)
 
 _quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("dev", max_examples=10, **_quiet)

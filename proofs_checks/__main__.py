@@ -1,6 +1,5 @@
 """`python -m proofs_checks [P1 P9 …]`: run the checks and print what they found."""
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -18,11 +17,9 @@ def main(names: list[str]) -> int:
     if unknown := [name for name in chosen if name not in known]:
         print(f"Unknown propositions {unknown}: choose from {known}.", file=sys.stderr)
         return 2
-    # Small problems: compiling them well costs more than running them badly.
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    code = pytest.main(
-        [str(FOLDER / "test_proofs.py"), "--no-header"], plugins=[_Select(set(chosen))]
-    )
+    # In one process (no -n), where the ledger is.
+    options = ["-o", "addopts=-q", "--no-header"]
+    code = pytest.main([str(FOLDER / "test_proofs.py"), *options], plugins=[_Select(set(chosen))])
     Console().print(_table(chosen))
     return int(code)
 
