@@ -227,7 +227,7 @@ def test_top_k_is_a_sort_of_all_scores(measurement, effect):
 
 def zero_gradient_problem():
     """Least squares with targets that two points meet exactly: their gradient is 0."""
-    p, risk, model, queries = problem("squared")
+    _, risk, model, queries = problem("squared")
     x, y = risk.data
     y = y.at[:2].set(jax.vmap(model)(x)[:2])
     return ix.EmpiricalRisk((x, y), risk.loss, l2=risk.l2), model, queries
