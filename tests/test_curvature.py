@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 import influx as ix
 from influx._misc import ravel
 from proofs_checks import _oracle as oracle
-from tests.helpers import CURVATURES, LAMBDA, problem
-
+from tests.helpers import CURVATURES, LAMBDA, linear_model, problem
 
 COMBINATIONS = [(name, c) for name in ("softmax", "network") for c in CURVATURES] + [
     (name, c)
@@ -125,10 +124,7 @@ def test_unknown_fishers_are_refused():
         ix.Fisher("sampled")
     with pytest.raises(ValueError, match="`draws` must be at least 1"):
         ix.Fisher("sampled", key=jr.key(0), draws=0)
+    quartic = ix.CustomLoss(lambda o, y: jnp.sum((o - y) ** 4))
+    risk = ix.EmpiricalRisk((jnp.ones((3, 4)), jnp.zeros((3, 3))), quartic)
     with pytest.raises(ValueError, match="CustomLoss has no exact Fisher"):
-        risk = ix.EmpiricalRisk(
-            (jnp.ones((3, 4)), jnp.zeros((3, 3))), ix.CustomLoss(lambda o, y: jnp.sum((o - y) ** 4))
-        )
-        from tests.helpers import linear_model
-
         ix.influence(risk, linear_model(), ix.Fisher("exact"))
