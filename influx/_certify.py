@@ -241,7 +241,11 @@ def _sphere(f: Influence, measurement, step, query, outer, norm) -> _Sphere:
     rows = jax.jacrev(of_output)(flat)
     slope = jnp.sqrt(jnp.maximum(einsum("...k,kl,...l->...", rows, outer, rows), 0))
     bounds = measurement.constants(f.risk, f.model)
-    return _Sphere(of_output(flat), slope, bounds.lipschitz * norm, bounds.smoothness * norm**2)
+    # The components of a vector measurement share their bounds.
+    shared = lambda bound: jnp.broadcast_to(bound, slope.shape)
+    return _Sphere(
+        of_output(flat), slope, shared(bounds.lipschitz * norm), shared(bounds.smoothness * norm**2)
+    )
 
 
 def _mean_sphere(f: Influence, step, queries, norms) -> _Sphere:
@@ -317,8 +321,8 @@ def _changes(
 
     def chunk(places):
         after = jax.vmap(spheres)(steps[places])
-        error = jax.vmap(_Sphere.error)(after, radius[places]) + slack
-        change = after.value - before.value
+        error = jax.vmap(_Sphere.error)(after, radius[places]) + slack[None]
+        change = after.value - before.value[None]
         return change - error, change + error
 
     rows = max(1, _CACHE_BYTES // (8 * norms.size * outer.shape[-1]))

@@ -51,6 +51,8 @@ def restriction_bound(
       `influence(risk, model, CG(GaussNewton()))`, which forms nothing. For networks use GaussNewton.
     - `where`: the kept parameters, as in `restrict`.
     - `steps`: products with H per query and per training point: the dial between cost and width.
+      The enclosure narrows fast once they pass about √κ, κ the condition number; for a small network
+      with l2 = 1e-2 expect to need 12 to 18.
 
     **Returns:** a [`RestrictionBound`][]. Unit and sign are those of influence.
 
@@ -77,7 +79,7 @@ def restriction_bound(
     f.measurement.check(f.risk, f.model, queries)
     small, part = restrict(f.risk, f.model, where)
     inner = influence(small, part, curvature)
-    return _bound(f, inner, where, queries, steps, low)
+    return _bound(f, inner, where, queries, steps, jnp.asarray(low, f.risk.weights.dtype))
 
 
 def _lower_end(f: Influence) -> float:
@@ -86,7 +88,7 @@ def _lower_end(f: Influence) -> float:
 
 
 @eqx.filter_jit
-def _bound(f: Influence, inner: Influence, where: Where, queries, steps: int, low: float):
+def _bound(f: Influence, inner: Influence, where: Where, queries, steps: int, low: Array):
     theta, _ = ravel(f.model)
     kept = _kept(f, where)
     factored = f.response.factored
