@@ -203,7 +203,10 @@ def test_nothing_depends_on_chunk_size(chunk_size, measurement):
     )
     tops = ix.top_k(whole, queries, 4, chunk_size=chunk_size)
     np.testing.assert_allclose(
-        tops.highest.values, -np.sort(-np.asarray(whole(queries)), axis=-1)[..., :4], rtol=1e-10
+        tops.highest.values,
+        -np.sort(-np.asarray(whole(queries)), axis=-1)[..., :4],
+        rtol=1e-10,
+        atol=1e-13,
     )
 
 
