@@ -1,0 +1,96 @@
+"""`diagnose` names the cause, and `testing.check` breaks on a broken loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import influx as ix
+from influx._misc import ravel
+from influx.testing import BrokenLaw
+from tests.helpers import linear_model, problem
+
+
+def culprit(f) -> set[str]:
+    return {x.name for x in ix.diagnose(f).findings if x.verdict == "bad"}
+
+
+def test_a_healthy_problem_has_no_bad_finding():
+    _, risk, model, _ = problem("softmax")
+    assert culprit(ix.influence(risk, model)) == set()
+
+
+def test_an_untrained_model_is_named():
+    _, risk, model, _ = problem("softmax")
+    theta, rebuild = ravel(model)
+    f = ix.influence(risk, rebuild(theta + 0.3), ix.GaussNewton())
+    assert culprit(f) == {"stationarity"}
+    assert "fit(" in ix.diagnose(f)["stationarity"].remedy
+
+
+def test_a_dominating_damping_is_named():
+    _, risk, model, _ = problem("softmax")
+    assert culprit(ix.influence(risk, model, ix.Hessian(damping=1e4))) == {"effective dimension"}
+
+
+def test_a_nearly_singular_curvature_is_named():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 3))
+    x = np.hstack([x, x[:, :1] + 1e-7 * rng.normal(size=(20, 1))])
+    risk = ix.EmpiricalRisk((x, rng.normal(size=(20, 3))), ix.SquaredError(), l2=1e-13)
+    model = ix.fit(risk, linear_model(), ix.Newton(tolerance=1e-8))
+    assert "spectrum" in culprit(ix.influence(risk, model))
+
+
+def test_a_solve_that_does_not_converge_is_named():
+    _, risk, model, _ = problem("network")
+    f = ix.influence(risk, model, ix.CG(ix.GaussNewton(), max_steps=2))
+    assert "solve" in culprit(f)
+    assert "max_steps" in ix.diagnose(f)["solve"].remedy
+
+
+def test_an_infinite_gradient_is_named_with_its_example():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 4))
+    root = ix.CustomLoss(lambda o, y: jnp.sum(jnp.sqrt(jnp.abs(o - y))))
+    model = linear_model()
+    y = np.asarray(jax.vmap(model)(jnp.asarray(x))) + 1.0
+    y[4] = np.asarray(model(jnp.asarray(x[4])))
+    f = ix.influence(ix.EmpiricalRisk((x, y), root), model, ix.Identity())
+    assert culprit(f) == {"finite"}
+    assert "[4]" in ix.diagnose(f)["finite"].means
+
+
+def test_check_holds_on_a_healthy_problem_and_breaks_on_a_wrong_gradient():
+    rng = np.random.default_rng(0)
+    data = rng.gamma(2.0, size=(12, 4)) - 1.5, rng.integers(0, 3, 12)
+    risk = ix.EmpiricalRisk(data, ix.SoftmaxCrossEntropy(), l2=0.05)
+    model = ix.fit(risk, linear_model(), ix.Newton())
+    with jax.numpy_rank_promotion("allow"):
+        assert ix.testing.check(risk, model, points=5).holds
+
+    @jax.custom_jvp
+    def wrong(o, y):
+        return 0.5 * jnp.sum((o - y) ** 2)
+
+    @wrong.defjvp
+    def _(primals, tangents):
+        (o, y), (do, _) = primals, tangents
+        return wrong(o, y), 1.1 * jnp.sum((o - y) * do)
+
+    targets = data[0], rng.normal(size=(12, 3))
+    broken = ix.EmpiricalRisk(targets, ix.CustomLoss(wrong), l2=0.05)
+    with pytest.raises(BrokenLaw, match="BROKEN   gradient"):
+        ix.testing.check(broken, linear_model(1), points=5)
+
+
+def test_certificates_contain_retraining_for_vector_measurements():
+    _, risk, model, queries = problem("softmax")
+    f = ix.classification(ix.influence(risk, model), "probability")
+    watched = lambda m: jax.nn.softmax(jax.vmap(m)(queries[0]), axis=-1)
+    after = ix.leave_one_out(risk, model, ix.Newton(tolerance=1e-12), outcome=watched)
+    change = jnp.moveaxis(after - watched(model)[None], 0, -1)
+    for tier in (1, 2):
+        got = ix.certify(f, queries, tier=tier)
+        assert got.lower.shape == change.shape
+        assert bool(jnp.all((got.lower <= change + 1e-11) & (change <= got.upper + 1e-11)))
