@@ -59,8 +59,9 @@ class AbstractLoss(eqx.Module):
         """Bounds in output space, for outputs of that shape; `ValueError` where none are known."""
 
     @abc.abstractmethod
-    def check(self, output: jax.ShapeDtypeStruct, targets: PyTree[Array]) -> None:
-        """Raise `ValueError` where `targets` [n, ...] cannot go with outputs of that shape."""
+    def check(self, output: PyTree[jax.ShapeDtypeStruct], targets: PyTree[Array]) -> None:
+        """Raise `ValueError` where the loss cannot take outputs of that shape, or `targets` [n, ...]
+        cannot go with them."""
 
 
 class LossConstants(eqx.Module):
@@ -114,14 +115,15 @@ class SoftmaxCrossEntropy(AbstractLoss):
     ):
         if reduction not in ("sum", "mean"):
             raise ValueError(f'`reduction` must be "sum" or "mean", got {reduction!r}.')
-        if is_concrete(label_smoothing) and not 0 <= label_smoothing < 1:
-            raise ValueError(f"`label_smoothing` must lie in [0, 1), got {label_smoothing}.")
-        if class_weights is not None:
-            class_weights = jnp.asarray(class_weights)
-            values = np.asarray(class_weights) if is_concrete(class_weights) else np.ones(1)
-            if not (np.isfinite(values) & (values >= 0)).all():
-                raise ValueError(f"`class_weights` must be finite and ≥ 0, got {class_weights}.")
-        self.class_weights = class_weights
+        if is_concrete(label_smoothing) and not (
+            np.isreal(label_smoothing) and 0 <= label_smoothing < 1
+        ):
+            raise ValueError(
+                f"`label_smoothing` must lie in [0, 1), got {label_smoothing!r}. 0 is hard labels."
+            )
+        self.class_weights = (
+            None if class_weights is None else _checked_class_weights(class_weights)
+        )
         self.label_smoothing = label_smoothing
         self.reduction = reduction
 
@@ -189,10 +191,19 @@ class SoftmaxCrossEntropy(AbstractLoss):
         )
 
     def check(self, output, targets):
+        _check_output(output, "SoftmaxCrossEntropy")
         targets = _array_target(targets)
         if len(output.shape) == 0:
-            raise ValueError("SoftmaxCrossEntropy needs logits [..., C], got a scalar output.")
-        _check_shape(targets, output.shape[:-1], "SoftmaxCrossEntropy takes integer labels")
+            raise ValueError(
+                "SoftmaxCrossEntropy needs logits [..., C], got a scalar output. For two classes use "
+                "BinaryCrossEntropy, or let the model answer one logit per class."
+            )
+        _check_shape(
+            targets,
+            output.shape[:-1],
+            "SoftmaxCrossEntropy takes integer labels",
+            "One-hot labels become integers by `y.argmax(-1)`, a column by `y[:, 0]`.",
+        )
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise ValueError(
                 f"SoftmaxCrossEntropy takes integer labels, got dtype {targets.dtype}. "
@@ -200,7 +211,10 @@ class SoftmaxCrossEntropy(AbstractLoss):
             )
         C = output.shape[-1]
         if self.class_weights is not None and self.class_weights.shape != (C,):
-            raise ValueError(f"`class_weights` needs shape ({C},), got {self.class_weights.shape}.")
+            raise ValueError(
+                f"`class_weights` needs shape ({C},), one factor per class of the model; got "
+                f"{self.class_weights.shape}."
+            )
         _check_range(targets, 0, C - 1, f"the model has {C} classes: labels run from 0 to {C - 1}")
 
 
@@ -243,12 +257,20 @@ class BinaryCrossEntropy(AbstractLoss):
         )
 
     def check(self, output, targets):
+        _check_output(output, "BinaryCrossEntropy")
         targets = _array_target(targets)
-        _check_shape(targets, output.shape, "BinaryCrossEntropy takes labels of the output's shape")
+        _check_shape(
+            targets,
+            output.shape,
+            "BinaryCrossEntropy takes labels of the output's shape",
+            "Add or drop the axis: `y[:, None]`, `y[:, 0]`; for C > 2 classes use SoftmaxCrossEntropy.",
+        )
         if is_concrete(targets) and not np.isin(np.asarray(targets), (0, 1)).all():
             bad = np.flatnonzero(np.any(_rows(~np.isin(np.asarray(targets), (0, 1))), axis=1))
             raise ValueError(
-                f"BinaryCrossEntropy takes labels 0 and 1, got others at examples {_some(bad)}."
+                f"BinaryCrossEntropy takes labels 0 and 1, got others at examples {_some(bad)}. "
+                "Labels -1 and 1 become such by `(y > 0).astype(int)`; for probabilities use "
+                "`CustomLoss`."
             )
 
 
@@ -281,8 +303,12 @@ class SquaredError(AbstractLoss):
         return LossConstants(lipschitz=np.inf, smoothness=1.0, third=0.0, hard=False)
 
     def check(self, output, targets):
+        _check_output(output, "SquaredError")
         _check_shape(
-            _array_target(targets), output.shape, "SquaredError takes targets of the output's shape"
+            _array_target(targets),
+            output.shape,
+            "SquaredError takes targets of the output's shape",
+            "Add or drop the axis: `y[:, None]`, `y[:, 0]`.",
         )
 
 
@@ -303,6 +329,15 @@ class CustomLoss(AbstractLoss):
     fn: Callable[[Any, Any], Array]
     sample: Callable | None = None
     logits: Callable | None = None
+
+    def __check_init__(self):
+        wanted = {"fn": "(output, target)", "sample": "(key, output)", "logits": "(output)"}
+        for name, arguments in wanted.items():
+            given = getattr(self, name)
+            if not callable(given) and (given is not None or name == "fn"):
+                raise ValueError(
+                    f"`{name}` of a CustomLoss must be a function of {arguments}, got {given!r}."
+                )
 
     def __call__(self, output, target):
         return self.fn(output, target)
@@ -350,6 +385,27 @@ def _block_diagonal(blocks: Float[Array, "T C C"]) -> Float[Array, "TC TC"]:
     return jnp.einsum("tcd,ts->tcsd", blocks, jnp.eye(T, dtype=blocks.dtype)).reshape(T * C, T * C)
 
 
+def _checked_class_weights(class_weights) -> Float[Array, " C"]:
+    values = class_weights if isinstance(class_weights, jax.Array) else np.asarray(class_weights)
+    number = jnp.issubdtype(values.dtype, jnp.floating) or jnp.issubdtype(values.dtype, jnp.integer)
+    positive = lambda: bool(np.all(np.isfinite(values) & (np.asarray(values) >= 0)))
+    if not number or values.ndim != 1 or (is_concrete(values) and not positive()):
+        raise ValueError(
+            f"`class_weights` must be finite numbers ≥ 0, one per class [C], got {class_weights!r}. "
+            "To balance the classes: `n / (C * np.bincount(y))`."
+        )
+    return jnp.asarray(values)
+
+
+def _check_output(output, loss: str) -> None:
+    dtype = getattr(output, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{loss} takes one floating array as the model's output, got {output}. Pick it with "
+            "`predict=lambda model, x: ...`, or use `CustomLoss`."
+        )
+
+
 def _array_target(targets) -> Array:
     leaves = jax.tree_util.tree_leaves(targets)
     if len(leaves) != 1:
@@ -360,11 +416,11 @@ def _array_target(targets) -> Array:
     return leaves[0]
 
 
-def _check_shape(targets: Array, expected: tuple[int, ...], what: str) -> None:
+def _check_shape(targets: Array, expected: tuple[int, ...], what: str, remedy: str) -> None:
     if targets.shape[1:] != tuple(expected):
         raise ValueError(
-            f"{what}: expected shape [n, {', '.join(map(str, expected))}] (n examples), "
-            f"got {tuple(targets.shape)}."
+            f"{what}: expected shape [{', '.join(map(str, ('n', *expected)))}] (n examples), "
+            f"got {tuple(targets.shape)}. {remedy}"
         )
 
 
@@ -376,7 +432,8 @@ def _check_range(targets: Array, low: int, high: int, why: str) -> None:
     if bad.size:
         raise ValueError(
             f"Labels out of range at examples {_some(bad)} (for instance "
-            f"{_rows(values)[bad[0]].ravel()[:3].tolist()}): {why}."
+            f"{_rows(values)[bad[0]].ravel()[:3].tolist()}): {why}. Renumber them, as "
+            "`np.unique(y, return_inverse=True)[1]` does, or give the model more outputs."
         )
 
 

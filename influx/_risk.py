@@ -36,14 +36,15 @@ class EmpiricalRisk(eqx.Module):
     - `data`: `(inputs, targets)`, each a pytree of arrays whose leading axis counts the n examples.
     - `loss`: an [`AbstractLoss`][]; `CustomLoss(fn)` for any function of (output, target).
     - `l2`: a number for every parameter, or one per leaf: a pytree that is a prefix of the model's
-      parameters. No penalty on biases:
+      parameters (an array of a leaf's own shape is one number per entry). No penalty on biases:
       `jtu.tree_map(lambda p: 1e-2 * (p.ndim > 1), eqx.filter(model, eqx.is_inexact_array))`.
     - `weights`: w ≥ 0, [n]: 1 = trained on once (the default), 0 = absent.
     - `predict`: `predict(model, x)`, the output for one input; the model itself by default.
 
-    **Raises:** `ValueError` for empty data, leading axes that differ, leaves that are not numeric
-    arrays, NaN or infinity (naming leaf and example), and weights or l2 below 0. What depends on a
-    model (label range, output shape, dtypes) is checked where risk and model first meet.
+    **Raises:** `ValueError` for empty data, leading axes that differ, leaves that are not arrays of
+    real numbers, NaN or infinity (naming leaf and example), weights or l2 below 0, and weights that
+    are all 0. What depends on a model (label range, output shape, dtypes) is checked where risk and
+    model first meet.
     """
 
     data: tuple[PyTree[Array], PyTree[Array]]
@@ -63,6 +64,11 @@ class EmpiricalRisk(eqx.Module):
         self.loss = loss
         self.l2 = _checked_l2(l2)
         self.weights = _checked_weights(weights, self.data)
+        if predict is not None and not callable(predict):
+            raise ValueError(
+                f"`predict` must be a function of (model, x), got {predict!r}. "
+                "For instance `lambda model, x: model(x)`."
+            )
         self.predict = call if predict is None else predict
         self.whole = itself if whole is None else whole
 
@@ -112,11 +118,10 @@ class EmpiricalRisk(eqx.Module):
 
 def l2_tree(l2: PyTree[float], params: PyTree[Array]) -> PyTree[float]:
     """`l2`, a number or a prefix of `params`, as one number per parameter leaf."""
-    prefix = eqx.filter(l2, lambda x: not callable(x))
     try:
-        return jtu.tree_map(
+        tree = jtu.tree_map(
             lambda value, part: jtu.tree_map(lambda _: value, part),
-            prefix,
+            l2,
             params,
             is_leaf=lambda x: x is None,
         )
@@ -126,16 +131,36 @@ def l2_tree(l2: PyTree[float], params: PyTree[Array]) -> PyTree[float]:
             f"parameters, {jtu.tree_structure(params)}; got {jtu.tree_structure(l2)}. For instance "
             "`jtu.tree_map(lambda p: 1e-2, eqx.filter(model, eqx.is_inexact_array))`."
         ) from error
+    jtu.tree_map_with_path(_check_l2_shape, params, tree)
+    return tree
+
+
+def _check_l2_shape(path, param: Array, value) -> None:
+    if value is None:
+        raise ValueError(
+            f"`l2` of the parameter {jtu.keystr(path)} is None: give every parameter a number, 0. for "
+            "no penalty."
+        )
+    if np.shape(value) not in ((), param.shape):
+        raise ValueError(
+            f"`l2` of the parameter {jtu.keystr(path)} has shape {np.shape(value)}: give one number "
+            f"for the leaf, or an array of its shape {param.shape}."
+        )
 
 
 def validate(risk: EmpiricalRisk, model: Model, data=None) -> None:
     """Everything about a risk and a model together that can be wrong before work starts.
 
     **Raises:** `ValueError` naming the cause: no parameters, NaN or infinity in a parameter (which
-    leaf), several dtypes, layers whose output for one example depends on others or on chance, an
-    output the loss cannot take, labels out of range, a loss that is not a scalar. `data` stands for
-    the training data where queries are to be checked.
+    leaf), several dtypes, layers whose output for one example depends on others or on chance, a model
+    that cannot be called on one input, an output the loss cannot take, labels out of range, a loss
+    that is not a real scalar. `data` stands for the training data where queries are to be checked.
     """
+    if not isinstance(risk, EmpiricalRisk):
+        raise ValueError(
+            f"The first argument must be an influx.EmpiricalRisk, got {type(risk).__name__}. "
+            "The order is (risk, model)."
+        )
     data = risk.data if data is None else data
     _check_layers(risk.whole(model))
     _check_parameters(model)
@@ -148,20 +173,55 @@ def validate(risk: EmpiricalRisk, model: Model, data=None) -> None:
             )
     l2_tree(risk.l2, eqx.filter(model, eqx.is_inexact_array))
     x, y = take(data, 0)
-    output = eqx.filter_eval_shape(risk.output, model, x)
-    if isinstance(output, jax.ShapeDtypeStruct):
-        risk.loss.check(output, data[1])
-    value = eqx.filter_eval_shape(risk.loss, output, y)
+    output = _traced(
+        risk.output,
+        model,
+        x,
+        what="The model cannot be called on the input",
+        remedy="`predict(model, x)` sees one example, without the leading axis of examples.",
+    )
+    risk.loss.check(output, data[1])
+    value = _traced(
+        risk.loss,
+        output,
+        y,
+        what="The loss cannot be called on one output and the target",
+        remedy="`loss(output, target)` sees one example, without the leading axis of examples.",
+    )
+    _check_scalar(value, theta.dtype)
+
+
+def _traced(fn: Callable, *args, what: str, remedy: str) -> PyTree:
+    """The shapes that `fn(*args)` answers; where it fails, an error that says on which shapes."""
+    try:
+        return eqx.filter_eval_shape(fn, *args)
+    except (TypeError, ValueError, IndexError) as error:
+        arrays = [x for x in jtu.tree_leaves(args[-1]) if hasattr(x, "dtype")]
+        rows = ", ".join(f"{x.dtype}{list(x.shape)}" for x in arrays)
+        raise ValueError(f"{what} {rows}: {str(error).rstrip('.')}. {remedy}") from error
+
+
+def _check_scalar(value, dtype) -> None:
     if getattr(value, "shape", None) != ():
         raise ValueError(
             f"The loss of one example must be a scalar, got {value}. "
             "Sum or average over its axes inside the loss."
         )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"The loss of one example must be a real floating number, got {value.dtype}: only such a "
+            "loss has a gradient. Use a differentiable one, such as cross-entropy for a 0/1 loss."
+        )
+    if jnp.finfo(value.dtype).bits < jnp.finfo(dtype).bits:
+        raise ValueError(
+            f"The loss is {value.dtype} where the parameters are {dtype}, and would lose their digits. "
+            f"Compute it in {dtype}: look for an `astype` inside `predict` or the loss."
+        )
 
 
-def check_queries(risk: EmpiricalRisk, queries: PyTree[Array]) -> None:
+def check_queries(risk: EmpiricalRisk, queries: PyTree[Array], what: str = "queries") -> None:
     """Queries are `(inputs, targets)` whose rows look like the training data's rows."""
-    _checked_data(queries, what="queries")
+    _checked_data(queries, what)
     expected, got = (jtu.tree_structure(x) for x in (risk.data, tuple(queries)))
     rows = lambda tree: [(x.shape[1:], x.dtype) for x in jtu.tree_leaves(tree)]
     if expected != got or [r[0] for r in rows(risk.data)] != [r[0] for r in rows(queries)]:
@@ -181,32 +241,35 @@ def check_queries(risk: EmpiricalRisk, queries: PyTree[Array]) -> None:
 def _checked_data(data, what: str = "data"):
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise ValueError(
-            f"`{what}` must be a pair (inputs, targets), got {type(data).__name__}. "
-            "Without targets, pass the inputs twice."
+            f"`{what}` must be a pair (inputs, targets), got {_describe(data)}. "
+            "Several inputs or targets go in a tuple or dict of their own; without targets, pass the "
+            "inputs twice."
         )
     check_axes(data, what)
     return jtu.tree_map(jnp.asarray, tuple(data))
 
 
+def _describe(data) -> str:
+    name = type(data).__name__
+    return f"a {name} of {len(data)}" if isinstance(data, (tuple, list, dict)) else f"a {name}"
+
+
 def check_axes(data: PyTree[Array], what: str) -> None:
-    """Numeric, finite arrays with one leading axis of the same, positive length."""
+    """Arrays of real, finite numbers with one leading axis of the same, positive length."""
     leaves = jtu.tree_leaves_with_path(data)
     if not leaves:
-        raise ValueError(f"`{what}` holds no arrays.")
+        raise ValueError(
+            f"`{what}` holds no arrays. Pass arrays whose leading axis counts examples."
+        )
     for path, leaf in leaves:
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
-            raise ValueError(
-                f"`{what}`{jtu.keystr(path)} must be a numeric array, got "
-                f"{type(leaf).__name__ if dtype is None else dtype}. Encode it as numbers first."
-            )
-        if leaf.ndim == 0:
-            raise ValueError(f"`{what}`{jtu.keystr(path)} has no leading axis of examples.")
+        _check_numeric(leaf, f"`{what}`{jtu.keystr(path)}")
     lengths = {jtu.keystr(path): leaf.shape[0] for path, leaf in leaves}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"The leading axes of `{what}` differ: {lengths}.")
+        raise ValueError(
+            f"The leading axes of `{what}` differ: {lengths}. Every array needs one row per example."
+        )
     if leaves[0][1].shape[0] == 0:
-        raise ValueError(f"`{what}` is empty: it has 0 examples.")
+        raise ValueError(f"`{what}` is empty: it has 0 examples. Pass at least one.")
     for path, leaf in leaves:
         if is_concrete(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
             rows = np.isfinite(np.asarray(leaf)).reshape(leaf.shape[0], -1).all(axis=1)
@@ -218,6 +281,28 @@ def check_axes(data: PyTree[Array], what: str) -> None:
                 )
 
 
+def _check_numeric(leaf, name: str) -> None:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        raise ValueError(
+            f"{name} must be a numeric array, got {type(leaf).__name__}. Lists become arrays by "
+            "`np.asarray(...)`, anything else is to be encoded as numbers first."
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(
+            f"{name} is {dtype}; influx takes real numbers. Split it: `np.stack([x.real, x.imag], -1)`."
+        )
+    if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
+        raise ValueError(
+            f"{name} must be a numeric array, got dtype {dtype}. Encode it as numbers first, "
+            "categories for instance by `np.unique(x, return_inverse=True)[1]`."
+        )
+    if leaf.ndim == 0:
+        raise ValueError(
+            f"{name} has no leading axis of examples. For one example write `(x[None], y[None])`."
+        )
+
+
 def _checked_weights(weights, data) -> Float[Array, " n"]:
     leaves = jtu.tree_leaves(data)
     n = leaves[0].shape[0]
@@ -225,9 +310,13 @@ def _checked_weights(weights, data) -> Float[Array, " n"]:
     dtype = dtypes[0] if dtypes else jnp.result_type(float)
     if weights is None:
         return jnp.ones((n,), dtype)
-    weights = jnp.asarray(weights).astype(dtype)
+    weights = real_array(weights, "weights", "One number per example: 1 keeps it, 0 removes it.")
     if weights.shape != (n,):
-        raise ValueError(f"`weights` needs shape ({n},), one per example; got {weights.shape}.")
+        raise ValueError(
+            f"`weights` needs shape ({n},), one per example; got {weights.shape}. "
+            f"Equal weights are the default, `np.ones({n})`."
+        )
+    weights = weights.astype(dtype)
     if is_concrete(weights):
         bad = np.flatnonzero(~(np.isfinite(np.asarray(weights)) & (np.asarray(weights) >= 0)))
         if bad.size:
@@ -235,22 +324,63 @@ def _checked_weights(weights, data) -> Float[Array, " n"]:
                 f"`weights` must be finite and at least 0, got {weights[int(bad[0])]} at index "
                 f"{bad[0]}. Weight 0 removes a point."
             )
+        if not np.asarray(weights).any():
+            raise ValueError(
+                "All `weights` are 0: no training point is left. Give at least one a positive weight."
+            )
     return weights
 
 
+def real_array(values, name: str, remedy: str) -> Array:
+    """`values` as a JAX array of real numbers (or booleans); `ValueError` where they are not."""
+    try:
+        array = values if isinstance(values, jax.Array) else np.asarray(values)
+    except ValueError:  # rows of several lengths
+        array = np.asarray(None)
+    real = jnp.issubdtype(array.dtype, jnp.number) or array.dtype == jnp.bool_
+    if not real or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        got = "rows of different lengths, or no numbers" if array.dtype == object else array.dtype
+        raise ValueError(f"`{name}` must be an array of real numbers, got {got}. {remedy}")
+    return jnp.asarray(array)
+
+
+def checked_masks(masks, n: int, rows: str) -> Array:
+    """Masks [k, n], a row for each of k ≥ 1 groups or subsets of the n training points."""
+    members = "A list of members becomes a row by `np.isin(np.arange(n), members)`."
+    masks = real_array(masks, "masks", members)
+    if masks.ndim != 2 or masks.shape[0] == 0 or masks.shape[1] != n:
+        raise ValueError(
+            f"`masks` needs shape [k, {n}] (k {rows}, n training points), got {masks.shape}. "
+            f"For a single row add a leading axis: `mask[None]`. {members}"
+        )
+    return masks
+
+
 def _checked_l2(l2):
-    for path, value in jtu.tree_leaves_with_path(l2):
-        if is_concrete(value) and not (
-            np.all(np.isfinite(value)) and np.all(np.asarray(value) >= 0)
-        ):
-            raise ValueError(f"`l2`{jtu.keystr(path)} must be at least 0, got {value}.")
+    leaves = jtu.tree_leaves_with_path(l2)
+    if not leaves:
+        raise ValueError(f"`l2` must be a number, or one per leaf, got {l2!r}. Use 0. for none.")
+    for path, value in leaves:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+        name = f"`l2`{jtu.keystr(path)}"
+        if not (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)):
+            raise ValueError(f"{name} must be a real number, got {value!r}. For instance 1e-2.")
+        values = np.asarray(value) if is_concrete(value) else np.zeros(())
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise ValueError(
+                f"{name} must be finite and at least 0, got {value}: a negative penalty has no minimum. "
+                "Use 0. for no penalty."
+            )
     return l2
 
 
 def _check_parameters(model: Model) -> None:
     leaves = jtu.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array))
     if not leaves or all(leaf.size == 0 for _, leaf in leaves):
-        raise ValueError("The model has no parameters: none of its leaves is a floating array.")
+        raise ValueError(
+            "The model has no parameters: none of its leaves is a floating array. Pass an Equinox "
+            "module, or any pytree of arrays with `predict=lambda params, x: ...`."
+        )
     dtypes = {jtu.keystr(path): str(leaf.dtype) for path, leaf in leaves}
     if len(set(dtypes.values())) > 1:
         raise ValueError(
@@ -260,7 +390,8 @@ def _check_parameters(model: Model) -> None:
     for path, leaf in leaves:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise ValueError(
-                f"The parameter {jtu.keystr(path)} is complex; influx needs real ones."
+                f"The parameter {jtu.keystr(path)} is {leaf.dtype}; influx needs real ones. Keep the "
+                "real and the imaginary part as two real arrays."
             )
         if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(
@@ -287,5 +418,11 @@ def _check_layers(model: Model) -> None:
 
 def class_logits_shape(risk: EmpiricalRisk, model: Model) -> jax.ShapeDtypeStruct:
     """The shape of one example's class logits; `ValueError` where the loss is no classifier's."""
-    logits = lambda m, x: risk.loss.class_logits(risk.output(m, x))
-    return eqx.filter_eval_shape(logits, model, take(risk.data[0], 0))
+    of_input = lambda m, x: risk.loss.class_logits(risk.output(m, x))
+    logits = eqx.filter_eval_shape(of_input, model, take(risk.data[0], 0))
+    if len(getattr(logits, "shape", ())) != 1:
+        raise ValueError(
+            f"The class logits of one example must be a vector [C], got {logits}. "
+            "Return one from `logits=`: for a binary output z that is `jnp.stack([0 * z, z])`."
+        )
+    return logits

@@ -40,9 +40,16 @@ def top_k(f: Influence, queries: PyTree[Array], k: int, *, chunk_size: int | Non
     **Cost:** that of `f(queries)`, with O(m·(k + chunk)) numbers kept in place of O(m·n).
     """
     if f.masks is not None:
-        raise ValueError("`top_k` ranks training points: use an `f` without `groups`.")
-    if not 1 <= k <= f.risk.n:
-        raise ValueError(f"`k` must lie in 1…{f.risk.n} (the training points), got {k}.")
+        raise ValueError(
+            "`top_k` ranks training points: use an `f` without `groups`, or `jnp.argsort(f(queries))` "
+            "to rank the groups."
+        )
+    whole = hasattr(k, "__index__") and not isinstance(k, bool)
+    if not whole or not 1 <= k <= f.risk.n:
+        raise ValueError(
+            f"`k` must be a whole number in 1…{f.risk.n} (the training points), got {k!r}. "
+            f"k={f.risk.n} sorts all of them."
+        )
     check_chunk(chunk_size)
     f.measurement.check(f.risk, f.model, queries)
     return _top_k(f, queries, k, chunk_size)

@@ -54,20 +54,23 @@ def value(f: Influence, heldout: PyTree[Array]) -> Value:
     arXiv:1703.04730.
     """
     require_plain(f, "value")
-    check_queries(f.risk, heldout)
+    check_queries(f.risk, heldout, "heldout")
     validate(f.risk, f.model, data=tuple(heldout))
     if leading_length(heldout) < 2:
-        raise ValueError("`heldout` needs at least 2 examples, for a standard error.")
+        raise ValueError(
+            "`heldout` needs at least 2 examples, for a standard error; got 1. For a single query read "
+            "the sign of `f(queries)`: negative is helpful."
+        )
     return _value(replace(f, measurement=Loss()), heldout)
 
 
 def require_plain(f: Influence, verb: str) -> None:
     """Refuse an `f` whose transforms a verb would ignore."""
     plain = isinstance(f.effect, Derivative) and isinstance(f.scale, Unscaled) and f.masks is None
-    if not plain:
+    if not plain or not isinstance(f.measurement, Loss):
         raise ValueError(
-            f"`{verb}` reads plain influence: call it on `influence(...)` itself, before `relative`, "
-            "`removal` or `groups`."
+            f"`{verb}` reads plain influence on the loss: call it on `influence(...)` itself, before "
+            "`classification`, `measure`, `relative`, `removal` or `groups`."
         )
 
 

@@ -48,5 +48,9 @@ def classification(
         if class_ is not None:
             raise ValueError("The margin is that of the query's own label: leave `class_` out.")
         return replace(f, measurement=Margin())
+    if class_ is not None and (isinstance(class_, bool) or not hasattr(class_, "__index__")):
+        raise ValueError(
+            f"`class_` must be the index of one class, got {class_!r}. Leave it out for all classes."
+        )
     check_class(class_, logits)
     return replace(f, measurement={"probability": Probability, "logit": Logit}[kind](class_))

@@ -1,12 +1,12 @@
 from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._effect import Newton
 from .._influence import Influence
 from .._misc import is_concrete
+from .._risk import checked_masks
 from .._scale import Unscaled
 
 
@@ -30,14 +30,9 @@ def groups(f: Influence, masks: Float[Array, "k n"] | Bool[Array, "k n"]) -> Inf
     **Source:** Koh, Ang, Teo & Liang, "On the Accuracy of Influence Functions for Measuring Group
     Effects", arXiv:1905.13289.
     """
-    masks = jnp.asarray(masks)
-    if masks.ndim != 2 or masks.shape[1] != f.risk.n:
-        raise ValueError(
-            f"`masks` needs shape [k, {f.risk.n}] (k groups, n training points), got {masks.shape}. "
-            "For one group add a leading axis: `mask[None]`."
-        )
-    if is_concrete(masks) and not np.isfinite(np.asarray(masks, float)).all():
-        raise ValueError("`masks` has NaN or infinite entries.")
+    masks = checked_masks(masks, f.risk.n, "groups")
+    if is_concrete(masks) and not np.isfinite(np.asarray(masks)).all():
+        raise ValueError("`masks` has NaN or infinite entries. 1 is a member, 0 is none.")
     if not isinstance(f.scale, Unscaled):
         raise ValueError(
             "Relative influences of points have different units and do not add up. "

@@ -25,7 +25,7 @@ def removal(f: Influence, kind: Literal["first-order", "newton"] = "first-order"
     diagnostics" (1981) and Beirami et al., arXiv:1711.05323 (one Newton step).
     """
     effects = {"first-order": FirstOrder, "newton": Newton}
-    if kind not in effects:
+    if kind not in tuple(effects):
         raise ValueError(f'`kind` must be "first-order" or "newton", got {kind!r}.')
     if not isinstance(f.scale, Unscaled):
         raise ValueError(

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._misc import check_chunk, chunk_length, chunked_map, dot
+from .._risk import real_array
 
 
 class LDS(eqx.Module):
@@ -107,7 +108,9 @@ def _cosine(a: Array, b: Array) -> Array:
 
 
 def _checked(scores, masks, outcomes) -> tuple[Array, Array, Array]:
-    scores, masks, outcomes = (np.asarray(x) for x in (scores, masks, outcomes))
+    named = {"scores": scores, "masks": masks, "outcomes": outcomes}
+    advice = "Scores are `f(queries)`, outcomes what `leave_subset_out` answers."
+    scores, masks, outcomes = (np.asarray(real_array(x, name, advice)) for name, x in named.items())
     shapes = f"scores {scores.shape}, masks {masks.shape}, outcomes {outcomes.shape}"
     if any(x.ndim != 2 for x in (scores, masks, outcomes)):
         raise ValueError(f"`lds` takes scores [m, n], masks [k, n], outcomes [k, m]; got {shapes}.")
@@ -118,10 +121,16 @@ def _checked(scores, masks, outcomes) -> tuple[Array, Array, Array]:
             + (" Transpose `outcomes`." if outcomes.shape == (m, k) else "")
         )
     if k < 4 or m < 1:
-        raise ValueError(f"`lds` needs at least 4 masks and a query, got {k} masks, {m} queries.")
+        raise ValueError(
+            f"`lds` needs at least 4 masks and a query, got {k} masks, {m} queries. Retrain on more "
+            "subsets: the standard error falls as one over the root of their number."
+        )
     for name, x in (("scores", scores), ("masks", masks), ("outcomes", outcomes)):
         if not np.isfinite(x).all():
-            raise ValueError(f"`{name}` is NaN or infinite at {np.argwhere(~np.isfinite(x))[0]}.")
+            raise ValueError(
+                f"`{name}` is NaN or infinite at {np.argwhere(~np.isfinite(x))[0].tolist()}. Leave "
+                "that query or mask out (relative influence is NaN where it is undefined)."
+            )
     dtype = jnp.result_type(float)
     as_array = lambda x: jnp.asarray(x.astype(dtype))
     return as_array(scores), as_array(masks), as_array(outcomes)

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import Model
-from .._risk import EmpiricalRisk, validate
+from .._risk import EmpiricalRisk, checked_masks, validate
 from .._train import AbstractTrainer
 from .retrain import multiply, retrain
 
@@ -48,16 +48,11 @@ def leave_subset_out(
 
 
 def _checked_masks(masks, risk: EmpiricalRisk) -> Float[Array, "k n"]:
-    masks = np.asarray(masks)
-    if masks.ndim != 2 or masks.shape[0] == 0 or masks.shape[1] != risk.n:
-        raise ValueError(
-            f"`masks` needs shape [k, {risk.n}] (k subsets, n training points), got {masks.shape}. "
-            "For one subset add a leading axis: `mask[None]`."
-        )
-    bad = np.argwhere(~(np.isfinite(masks) & (masks >= 0)))
+    masks = checked_masks(masks, risk.n, "subsets")
+    bad = np.argwhere(~(np.isfinite(masks) & (np.asarray(masks) >= 0)))
     if bad.size:
         raise ValueError(
-            f"`masks` must be finite and at least 0, got {masks[tuple(bad[0])]} at "
-            f"{bad[0].tolist()}. 1 keeps a point, 0 erases it."
+            f"`masks` must be finite and at least 0, got {masks[tuple(bad[0])]} at {bad[0].tolist()}. "
+            "1 keeps a point, 0 erases it."
         )
-    return jnp.asarray(masks.astype(risk.weights.dtype))
+    return masks.astype(risk.weights.dtype)

@@ -58,6 +58,16 @@ def retrain(
     **Raises** `RuntimeError` naming the lanes that no attempt finished.
     """
     check_chunk(chunk_size)
+    if not isinstance(trainer, AbstractTrainer):
+        raise ValueError(
+            f"`trainer` must be a trainer such as influx.Newton(), got {trainer!r}. "
+            "Mind the parentheses: Newton(), not Newton."
+        )
+    if outcome is not None and not callable(outcome):
+        raise ValueError(
+            f"`outcome` must be a function of the retrained model, got {outcome!r}. "
+            "None answers its parameters."
+        )
     outcome = parameters if outcome is None else outcome
     outcomes, pending = None, np.arange(leading_length(lanes))
     trained = None
