@@ -14,7 +14,7 @@ from .._custom_types import Model
 from .._misc import check_damping, ravel
 from .._risk import EmpiricalRisk, validate
 from .._train import Newton
-from .retrain import check_indices, erase, retrain
+from .retrain import check_indices, check_settings, erase, retrain
 
 
 def pbrf(
@@ -54,12 +54,15 @@ def pbrf(
     """
     validate(risk, model)
     check_damping(damping)
+    lanes = check_indices(indices, risk.n)
+    trainer = Newton(tolerance, solver=solver)
+    check_settings(trainer, outcome, chunk_size)  # before the outputs at θ̂ are computed
     return retrain(
         proximal(risk, model, damping),
         model,
-        Newton(tolerance, solver=solver),
+        trainer,
         weigh=erase,
-        lanes=check_indices(indices, risk.n),
+        lanes=lanes,
         typical=risk.weights,
         outcome=outcome,
         chunk_size=chunk_size,

@@ -57,17 +57,7 @@ def retrain(
     Each of the trainer's attempts is one program; the lanes that it does not finish go to the next.
     **Raises** `RuntimeError` naming the lanes that no attempt finished.
     """
-    check_chunk(chunk_size)
-    if not isinstance(trainer, AbstractTrainer):
-        raise ValueError(
-            f"`trainer` must be a trainer such as influx.Newton(), got {trainer!r}. "
-            "Mind the parentheses: Newton(), not Newton."
-        )
-    if outcome is not None and not callable(outcome):
-        raise ValueError(
-            f"`outcome` must be a function of the retrained model, got {outcome!r}. "
-            "None answers its parameters."
-        )
+    check_settings(trainer, outcome, chunk_size)
     outcome = parameters if outcome is None else outcome
     outcomes, pending = None, np.arange(leading_length(lanes))
     trained = None
@@ -111,6 +101,21 @@ def _program(trainer, risk, model, weigh, lanes, typical, outcome, chunk):
     size = -(-k // blocks)
     padded = take(lanes, np.minimum(np.arange(blocks * size), k - 1))
     return jtu.tree_map(lambda x: jnp.asarray(x)[:k], chunked_map(one, padded, size))
+
+
+def check_settings(trainer, outcome, chunk_size: int | None) -> None:
+    """What every retraining verb takes besides its points."""
+    check_chunk(chunk_size)
+    if not isinstance(trainer, AbstractTrainer):
+        raise ValueError(
+            f"`trainer` must be a trainer such as influx.Newton(), got {trainer!r}. "
+            "Mind the parentheses: Newton(), not Newton."
+        )
+    if outcome is not None and not callable(outcome):
+        raise ValueError(
+            f"`outcome` must be a function of the retrained model, got {outcome!r}. "
+            "None answers its parameters."
+        )
 
 
 def check_indices(indices, n: int) -> Array:
