@@ -1,5 +1,6 @@
 """Enclosures of what retraining would give, without retraining (theory: P11)."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import equinox as eqx
@@ -9,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._gradients import risk_gradient
 from ._influence import Influence
-from ._jacobian import AbstractJacobian, is_affine, output_jacobian
+from ._jacobian import AbstractJacobian, output_jacobian
 from ._loss import LossConstants
 from ._measurement import Margin
 from ._memorization import memorization_label
@@ -17,7 +18,7 @@ from ._misc import einsum, map_blocks, ravel, take
 from ._risk import class_logits_shape
 from ._scale import Unscaled
 
-# Retrained models at a time: their outputs on the training data should stay in cache.
+# What the points of one block need should stay in cache.
 _CACHE_BYTES = 12 * 2**20
 
 
@@ -119,7 +120,7 @@ def _check(f: Influence, tier: int, refine: int) -> None:
             f"A certificate needs float64, the parameters are {theta.dtype}. Enable it with "
             '`jax.config.update("jax_enable_x64", True)` and convert model and data.'
         )
-    if not is_affine(f.risk, f.model):
+    if f.response.jacobian is None or not f.response.jacobian.affine:
         raise ValueError(
             "A certificate needs outputs that are affine in the parameters, and these are not. Restrict "
             "to the last layer: `risk, model = influx.restrict(risk, model, lambda m: m.layers[-1])`."
@@ -150,48 +151,51 @@ def _constants(f: Influence) -> LossConstants:
     return f.risk.loss.constants(output)
 
 
-def removal_radii(
-    f: Influence, indices: Int[Array, " k"], tier: int, refine: int
-) -> tuple[Float[Array, "k P"], Float[Array, " k"]]:
-    """θ̃ᵢ − θ̂, and rᵢ ≥ ‖θ̂₋ᵢ − θ̃ᵢ‖ (P11)."""
-    steps = f.response.displace(indices)
-    mu = jnp.min(f.risk.l2_vector(f.model))
-    if tier == 2:
-        slope = _slope_bound(f, indices, steps)
-    else:
-        steps, slope = _slopes(f, indices, steps, refine)
-    return steps, (slope + _rounding(f, steps)) / mu
+def _enclosures(f: Influence, tier: int, refine: int) -> Callable:
+    """The map from points i to θ̃ᵢ − θ̂ [k, P] and rᵢ ≥ ‖θ̂₋ᵢ − θ̃ᵢ‖ [k] (P11)."""
+    slopes = _bounded_slopes(f) if tier == 2 else _evaluated_slopes(f, refine)
+    rounding, mu = _rounding(f), jnp.min(f.risk.l2_vector(f.model))
+
+    def enclose(indices):
+        steps, slope = slopes(indices)
+        return steps, (slope + rounding(steps)) / mu
+
+    return enclose
 
 
-def _slopes(f: Influence, indices, steps, refine: int):
-    """‖∇J₋ᵢ(θ̃ᵢ)‖ evaluated, after `refine` chord steps."""
+def _evaluated_slopes(f: Influence, refine: int) -> Callable:
+    """θ̃ᵢ − θ̂ after `refine` chord steps, and ‖∇J₋ᵢ(θ̃ᵢ)‖."""
     theta, rebuild = ravel(f.model)
 
     def gradient(i, step):
         weights = f.risk.weights.at[i].set(0)
         return risk_gradient(f.risk, rebuild(theta + step), weights)
 
-    def chunk(places):
-        i, step = indices[places], steps[places]
+    def slopes(indices):
+        steps = f.response.displace(indices)
         for _ in range(refine):
-            step = step - f.response.prepare(jax.vmap(gradient)(i, step))
-        return step, jnp.linalg.norm(jax.vmap(gradient)(i, step), axis=1)
+            steps = steps - f.response.prepare(jax.vmap(gradient)(indices, steps))
+        return steps, jnp.linalg.norm(jax.vmap(gradient)(indices, steps), axis=1)
 
-    output = jax.eval_shape(f.risk.output, f.model, take(f.risk.data[0], 0))
-    rows = max(1, _CACHE_BYTES // (8 * f.risk.n * output.size))
-    return map_blocks(chunk, indices.size, min(indices.size, rows))
+    return slopes
 
 
-def _slope_bound(f: Influence, indices, steps) -> Float[Array, " k"]:
-    """‖∇J₋ᵢ(θ̂) + H₋ᵢΔᵢ‖ + ½ Δᵢᵀ [(t/n) Σ wⱼ‖Aⱼ‖AⱼᵀAⱼ] Δᵢ, no pass over the data per point."""
-    linear = f.response.linearised_slopes(indices, steps)
-    share = _constants(f).third * f.risk.weights / f.risk.n
+def _bounded_slopes(f: Influence) -> Callable:
+    """θ̃ᵢ − θ̂, and ‖∇J₋ᵢ(θ̂) + H₋ᵢΔᵢ‖ + ½ Δᵢᵀ [(t/n) Σ wⱼ‖Aⱼ‖AⱼᵀAⱼ] Δᵢ ≥ ‖∇J₋ᵢ(θ̃ᵢ)‖: no pass over
+    the data per point."""
     jacobian = f.response.jacobian
-    return jnp.linalg.norm(linear, axis=1) + 0.5 * jacobian.energy(share * jacobian.norms(), steps)
+    share = _constants(f).third * f.risk.weights / f.risk.n
+    energy = jacobian.energy(share * jacobian.norms())
+
+    def slopes(indices):
+        steps, linear = f.response.newton_steps(indices)
+        return steps, linear + 0.5 * energy(steps)
+
+    return slopes
 
 
-def _rounding(f: Influence, steps) -> Float[Array, " k"]:
-    """A bound on the rounding error of a computed ∇J₋ᵢ(θ̃ᵢ), in norm.
+def _rounding(f: Influence) -> Callable:
+    """The map from steps to bounds on the rounding error of a computed ∇J₋ᵢ(θ̃ᵢ), in norm.
 
     A sum of N terms is wrong by at most N·u times the sum of their sizes, u the unit roundoff. The
     terms are the n example gradients (sizes at most ‖Aⱼ‖·‖∂ℓⱼ‖) and l2·θ; the outputs behind ∂ℓⱼ are
@@ -203,14 +207,25 @@ def _rounding(f: Influence, steps) -> Float[Array, " k"]:
     at_output = lambda z: jnp.linalg.norm(
         jax.grad(lambda o: f.risk.loss(o, z[1]))(f.risk.output(f.model, z[0]))
     )
-    residual = jax.vmap(at_output)(f.risk.data)
-    unit = jnp.finfo(theta.dtype).eps / 2
-    length = jnp.linalg.norm(theta) + jnp.linalg.norm(steps, axis=1)
+    slopes = f.risk.mean(norms * jax.vmap(at_output)(f.risk.data))
+    curvature = f.risk.mean(smooth * norms**2)
     l2 = jnp.max(f.risk.l2_vector(f.model))
-    slopes = f.risk.mean(norms * residual)
-    curved = f.risk.mean(smooth * norms**2) * length
-    terms = f.risk.n + 64
-    return unit * (terms * (slopes + curved) + theta.size * curved + 4 * l2 * length)
+    terms, unit = f.risk.n + 64, jnp.finfo(theta.dtype).eps / 2
+
+    def bound(steps):
+        length = jnp.linalg.norm(theta) + jnp.linalg.norm(steps, axis=1)
+        curved = curvature * length
+        return unit * (terms * (slopes + curved) + theta.size * curved + 4 * l2 * length)
+
+    return bound
+
+
+def _block(f: Influence, tier: int, items: int = 0) -> int:
+    """How many points at a time stay in cache, `items` numbers being kept for each besides its step
+    and, at tier 1, its model's outputs on the training data."""
+    theta, _ = ravel(f.model)
+    outputs = f.risk.n * f.response.jacobian.outputs if tier == 1 else 0
+    return max(1, _CACHE_BYTES // (8 * (4 * theta.size + outputs + items)))
 
 
 class _Sphere(eqx.Module):
@@ -269,31 +284,40 @@ def _settled_radius(f: Influence) -> Float[Array, ""]:
     """r₀ ≥ ‖θ̂* − θ̂‖, θ̂* the exact minimiser that the model stands for."""
     theta, _ = ravel(f.model)
     slope = jnp.linalg.norm(risk_gradient(f.risk, f.model))
-    rounding = _rounding(f, jnp.zeros((1, theta.size), theta.dtype))[0]
+    rounding = _rounding(f)(jnp.zeros((1, theta.size), theta.dtype))[0]
     return (slope + rounding) / jnp.min(f.risk.l2_vector(f.model))
 
 
 @eqx.filter_jit
 def _own_margins(f: Influence, indices, tier: int, refine: int) -> Certificate:
     theta, _ = ravel(f.model)
-    steps, radius = removal_radii(f, indices, tier, refine)
-    data, jacobian = take(f.risk.data, indices), f.response.jacobian.take(indices)
-    outer, norms = jacobian.outer(), jacobian.norms()
+    enclose, settled = _enclosures(f, tier, refine), _settled_radius(f)
     own = lambda step, z, o, norm: _sphere(f, Margin(), step, z, o, norm)
-    without = jax.vmap(own)(steps, data, outer, norms)
-    at = jax.vmap(own, (None, 0, 0, 0))(jnp.zeros_like(theta), data, outer, norms)
-    error, error_at = without.error(radius), at.error(_settled_radius(f))
-    lower, upper = without.value - error, without.value + error
-    if _constants(f).hard:  # P3, for points that were trained on
-        cap = jnp.minimum(upper, at.value + error_at)
-        upper = jnp.where(f.risk.weights[indices] > 0, cap, upper)
-        estimate = jnp.minimum(without.value, upper)
-    else:
-        estimate = without.value
-    fitted, unfitted = at.value - error_at > 0, at.value + error_at <= 0
-    decided = unfitted | (fitted & ((lower > 0) | (upper <= 0)))
-    label = memorization_label(at.value, estimate)
-    return Certificate(lower, upper, decided, radius, label)
+
+    def block(places):
+        i = indices[places]
+        steps, radius = enclose(i)
+        data, jacobian = take(f.risk.data, i), f.response.jacobian.take(i)
+        outer, norms = jacobian.outer(), jacobian.norms()
+        without = jax.vmap(own)(steps, data, outer, norms)
+        at = jax.vmap(own, (None, 0, 0, 0))(jnp.zeros_like(theta), data, outer, norms)
+        error, error_at = without.error(radius), at.error(settled)
+        lower, upper = without.value - error, without.value + error
+        if _constants(f).hard:  # P3, for points that were trained on
+            cap = jnp.minimum(upper, at.value + error_at)
+            upper = jnp.where(f.risk.weights[i] > 0, cap, upper)
+        decided = _decides(at.value, error_at, lower, upper)
+        label = memorization_label(at.value, jnp.minimum(without.value, upper))
+        return Certificate(lower, upper, decided, radius, label)
+
+    return map_blocks(block, indices.size, _block(f, tier))
+
+
+def _decides(margin, error, lower, upper) -> Bool[Array, " k"]:
+    """Whether all margins within `error`, and those without the point in [lower, upper], are of one
+    label."""
+    fitted, unfitted = margin - error > 0, margin + error <= 0
+    return unfitted | (fitted & ((lower > 0) | (upper <= 0)))
 
 
 @eqx.filter_jit
@@ -307,8 +331,7 @@ def _changes(
     mean: bool,
 ) -> Certificate:
     theta, _ = ravel(f.model)
-    steps, radius = removal_radii(f, indices, tier, refine)
-    outer, norms = jacobian.outer(), jacobian.norms()
+    enclose, outer, norms = _enclosures(f, tier, refine), jacobian.outer(), jacobian.norms()
 
     def spheres(step):
         if mean:
@@ -319,13 +342,14 @@ def _changes(
     before = spheres(jnp.zeros_like(theta))
     slack = before.error(_settled_radius(f))
 
-    def chunk(places):
-        after = jax.vmap(spheres)(steps[places])
-        error = jax.vmap(_Sphere.error)(after, radius[places]) + slack[None]
+    def block(places):
+        steps, radius = enclose(indices[places])
+        after = jax.vmap(spheres)(steps)
+        error = jax.vmap(_Sphere.error)(after, radius) + slack[None]
         change = after.value - before.value[None]
-        return change - error, change + error
+        return change - error, change + error, radius
 
-    rows = max(1, _CACHE_BYTES // (8 * norms.size * outer.shape[-1]))
-    lower, upper = map_blocks(chunk, indices.size, min(indices.size, rows))
+    rows = _block(f, tier, norms.size * jacobian.outputs)
+    lower, upper, radius = map_blocks(block, indices.size, rows)
     lower, upper = jnp.moveaxis(lower, 0, -1), jnp.moveaxis(upper, 0, -1)
     return Certificate(lower, upper, (lower > 0) | (upper < 0), radius, None)

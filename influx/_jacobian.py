@@ -2,6 +2,8 @@
 outputs are affine in θ, and the closed form of a linear head (theory: P12)."""
 
 import abc
+from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -35,9 +37,17 @@ class AbstractJacobian(eqx.Module):
     jacobian.sandwich(M) == einsum("nkp,pq,nlq->nkl", A, M, A)
     jacobian.pull(u)     == einsum("nkp,nk->np", A, u)
     jacobian.push(v)     == einsum("nkp,p->nk", A, v)
-    jacobian.energy(s, V) == einsum("n,kp,ncp,ncq,kq->k", s, V, A, A, V)
+    jacobian.energy(s)(V) == einsum("n,kp,ncp,ncq,kq->k", s, V, A, A, V)
     ```
+
+    `affine`: whether the outputs are affine in θ, so that A does not depend on it. `closed_form`:
+    whether products cost less than forming A.
     """
+
+    examples: eqx.AbstractVar[int]
+    outputs: eqx.AbstractVar[int]
+    affine: eqx.AbstractVar[bool]
+    closed_form: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
     def gram(self, middle: Float[Array, "n K K"]) -> Float[Array, "P P"]:
@@ -64,8 +74,8 @@ class AbstractJacobian(eqx.Module):
         """Aᵢ vᵢ."""
 
     @abc.abstractmethod
-    def energy(self, s: Float[Array, " n"], vectors: Float[Array, "k P"]) -> Float[Array, " k"]:
-        """Σᵢ sᵢ ‖Aᵢv‖² for each row v, through the [P, P] (or [d, d]) matrix of the form."""
+    def energy(self, s: Float[Array, " n"]) -> Callable[[Float[Array, "k P"]], Float[Array, " k"]]:
+        """The form v ↦ Σᵢ sᵢ ‖Aᵢv‖² on rows v, through its [P, P] (or [d, d]) matrix."""
 
     @abc.abstractmethod
     def take(self, indices: Int[Array, " k"]) -> "AbstractJacobian":
@@ -86,6 +96,18 @@ class OutputJacobian(AbstractJacobian):
     risk: EmpiricalRisk
     model: Model
     inputs: PyTree[Array]
+    affine: bool = eqx.field(static=True)
+
+    closed_form: ClassVar[bool] = False
+
+    @property
+    def examples(self):
+        return leading_length(self.inputs)
+
+    @property
+    def outputs(self):
+        theta, _ = ravel(self.model)
+        return jax.eval_shape(self._output, theta, take(self.inputs, 0)).size
 
     def _output(self, theta, x):
         _, rebuild = ravel(self.model)
@@ -95,13 +117,9 @@ class OutputJacobian(AbstractJacobian):
         theta, _ = ravel(self.model)
         return jax.jacrev(self._output)(theta, x)
 
-    def _outputs(self) -> int:
-        theta, _ = ravel(self.model)
-        return jax.eval_shape(self._output, theta, take(self.inputs, 0)).size
-
     def _chunk(self) -> int:
         theta, _ = ravel(self.model)
-        return chunk_length(2 * self._outputs() * theta.size, theta.dtype)
+        return chunk_length(2 * self.outputs * theta.size, theta.dtype)
 
     def _map(self, fn, *others):
         return chunked_map(lambda args: fn(*args), (self.inputs, *others), self._chunk())
@@ -149,13 +167,13 @@ class OutputJacobian(AbstractJacobian):
         jvp = lambda x, vi: jax.jvp(lambda t: self._output(t, x), (theta,), (vi,))[1]
         return self._map(jvp, v)
 
-    def energy(self, s, vectors):
-        K = self._outputs()
-        matrix = self.gram(s[:, None, None] * jnp.eye(K, dtype=s.dtype)[None])
-        return jnp.sum(dot(vectors, matrix) * vectors, axis=1)
+    def energy(self, s):
+        unit = jnp.eye(self.outputs, dtype=s.dtype)
+        matrix = self.gram(s[:, None, None] * unit[None])
+        return lambda rows: jnp.sum(dot(rows, matrix) * rows, axis=1)
 
     def take(self, indices):
-        return OutputJacobian(self.risk, self.model, take(self.inputs, indices))
+        return OutputJacobian(self.risk, self.model, take(self.inputs, indices), self.affine)
 
 
 class HeadJacobian(AbstractJacobian):
@@ -172,30 +190,43 @@ class HeadJacobian(AbstractJacobian):
     outputs: int = eqx.field(static=True)
     widths: tuple[int, ...] = eqx.field(static=True)
 
-    @property
-    def order(self) -> Int[np.ndarray, "K d"]:
-        """`order[k, j]`: where parameter j of output k stands in the flat vector."""
-        return _head_order(self.outputs, self.widths)
+    affine: ClassVar[bool] = True
+    closed_form: ClassVar[bool] = True
 
     @property
-    def _inverse_order(self) -> np.ndarray:
-        return np.argsort(self.order.ravel())
+    def examples(self):
+        return self.features.shape[0]
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.outputs, self.features.shape[1]
+
+    def _split(self, v: Float[Array, "*b P"]) -> Float[Array, "*b K d"]:
+        """The parameters of each output, from the flat vectors."""
+        ends = self.outputs * np.cumsum(self.widths)
+        leaves = jnp.split(v, ends[:-1], axis=-1)
+        rows = [x.reshape(*v.shape[:-1], self.outputs, w) for x, w in zip(leaves, self.widths)]
+        return jnp.concatenate(rows, axis=-1)
+
+    def _join(self, rows: Float[Array, "*b K d"]) -> Float[Array, "*b P"]:
+        """The inverse of `_split`."""
+        leaves = jnp.split(rows, np.cumsum(self.widths)[:-1], axis=-1)
+        return jnp.concatenate([x.reshape(*rows.shape[:-2], -1) for x in leaves], axis=-1)
 
     def gram(self, middle):
-        K, d = self.order.shape
-        x = self.features
+        x, K, d = self.features, *self._shape
 
         def row(s):  # s = S[:, k, :], so that row k of blocks is one matrix product
             return dot((s[:, :, None] * x[:, None, :]).reshape(-1, K * d).T, x)
 
         blocks = jax.lax.map(row, jnp.moveaxis(middle, 1, 0)).reshape(K, K, d, d)
-        matrix = jnp.transpose(blocks, (0, 2, 1, 3)).reshape(K * d, K * d)
-        return matrix[np.ix_(self._inverse_order, self._inverse_order)]
+        half = self._join(jnp.transpose(blocks, (0, 2, 1, 3)))  # [K, d, P]
+        return self._join(jnp.moveaxis(half, 2, 0)).T
 
     def sandwich(self, matrix):
-        K, d = self.order.shape
-        flat = self.order.ravel()
-        blocks = matrix[np.ix_(flat, flat)].reshape(K, d, K, d)
+        K, d = self._shape
+        half = self._split(matrix.T)  # [P, K, d]
+        blocks = self._split(jnp.moveaxis(half, 0, 2))  # [K, d, K, d]
 
         def row(block):  # block = M[k, :, :, :]
             left = dot(self.features, block.reshape(d, K * d)).reshape(-1, K, d)
@@ -209,28 +240,28 @@ class HeadJacobian(AbstractJacobian):
 
     def dense(self):
         unit = jnp.eye(self.outputs, dtype=self.features.dtype)
-        outer = unit[None, :, :, None] * self.features[:, None, None, :]
-        n, K = outer.shape[:2]
-        return outer.reshape(n, K, -1)[:, :, self._inverse_order]
+        return self._join(unit[None, :, :, None] * self.features[:, None, None, :])
 
     def norms(self):
         return jnp.linalg.norm(self.features, axis=1)
 
     def pull(self, u):
-        outer = u[:, :, None] * self.features[:, None, :]
-        return outer.reshape(u.shape[0], -1)[:, self._inverse_order]
+        return self._join(u[:, :, None] * self.features[:, None, :])
 
     def push(self, v):
-        return dot(self.features, v[self.order].T)
+        return dot(self.features, self._split(v).T)
 
     def push_each(self, v):
-        return einsum("nkd,nd->nk", v[:, self.order], self.features)
+        return einsum("nkd,nd->nk", self._split(v), self.features)
 
-    def energy(self, s, vectors):
-        K, d = self.order.shape
+    def energy(self, s):
         form = dot(self.features.T, s[:, None] * self.features)
-        rows = vectors[:, self.order].reshape(-1, d)
-        return jnp.sum((dot(rows, form) * rows).reshape(-1, K * d), axis=1)
+
+        def energy(vectors):
+            rows = self._split(vectors)
+            return jnp.sum(dot(rows, form) * rows, axis=(1, 2))
+
+        return energy
 
     def take(self, indices):
         return HeadJacobian(self.features[indices], self.outputs, self.widths)
@@ -258,9 +289,10 @@ def output_jacobian(risk: EmpiricalRisk, model: Model, inputs=None) -> AbstractJ
     """The Jacobians of the outputs at `inputs` (the training inputs by default), as a head's where
     they have exactly its structure on every one of them."""
     inputs = risk.data[0] if inputs is None else inputs
-    general = OutputJacobian(risk, model, inputs)
+    affine = is_affine(risk, model)
+    general = OutputJacobian(risk, model, inputs, affine)
     layout = _head_layout(risk, model)
-    if layout is None or not is_concrete((risk, model, inputs)) or not is_affine(risk, model):
+    if layout is None or not affine or not is_concrete((risk, model, inputs)):
         return general
     is_head, features = _head_features(general, *layout)
     if not is_concrete(is_head) or not bool(is_head):  # inside a trace nothing can be compared

@@ -76,16 +76,17 @@ def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
 
 
 def map_blocks(fn, n: int, chunk: int) -> PyTree:
-    """`fn(indices)` for consecutive blocks of at most `chunk` of 0…n−1, joined again."""
+    """`fn(indices)` for equal consecutive blocks of at most `chunk` of 0…n−1, joined again.
+
+    The last block is filled up with n − 1, so that `fn` compiles once.
+    """
     if chunk >= n:
         return fn(jnp.arange(n))
-    full = n // chunk
-    blocks = jax.lax.map(fn, jnp.arange(full * chunk).reshape(full, chunk))
-    joined = jtu.tree_map(lambda x: x.reshape(full * chunk, *x.shape[2:]), blocks)
-    if full * chunk == n:
-        return joined
-    rest = fn(jnp.arange(full * chunk, n))
-    return jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), joined, rest)
+    count = -(-n // chunk)
+    size = -(-n // count)
+    indices = jnp.minimum(jnp.arange(count * size), n - 1)
+    blocks = jax.lax.map(fn, indices.reshape(count, size))
+    return jtu.tree_map(lambda x: x.reshape(count * size, *x.shape[2:])[:n], blocks)
 
 
 def check_damping(damping) -> float:

@@ -1,18 +1,21 @@
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from .._custom_types import Model
 from .._jacobian import AbstractJacobian
 from .._misc import chunk_length, is_concrete, ravel
 from .._risk import EmpiricalRisk
+
+if TYPE_CHECKING:
+    from .newton_step import AbstractNewtonSteps
 
 
 class AbstractFactored(eqx.Module):
@@ -20,6 +23,11 @@ class AbstractFactored(eqx.Module):
 
     The law: `factored.solve(factored.matvec(v)) == v`.
     """
+
+    @property
+    @abc.abstractmethod
+    def is_matrix(self) -> bool:
+        """Whether H + λI is held as a matrix, so that its inverse is cheap to form."""
 
     @abc.abstractmethod
     def matvec(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
@@ -57,6 +65,10 @@ class Factored(AbstractFactored):
         self.solver = solver
         self.state = solver.init(operator, {})
 
+    @property
+    def is_matrix(self):
+        return isinstance(self.operator, lx.MatrixLinearOperator)
+
     def matvec(self, v):
         return self.operator.mv(v)
 
@@ -66,7 +78,7 @@ class Factored(AbstractFactored):
         return solution.value, solution.result == lx.RESULTS.successful
 
     def perturbed(self, matvec):
-        if isinstance(self.operator, lx.MatrixLinearOperator):
+        if self.is_matrix:
             matrix = self.operator.as_matrix()
             added = jax.lax.map(matvec, jnp.eye(matrix.shape[0], dtype=matrix.dtype))
             return Factored(symmetric(matrix + added), self.solver)
@@ -106,20 +118,16 @@ class AbstractCurvature(eqx.Module):
         """
 
     @abc.abstractmethod
-    def check_without(self) -> None:
-        """Raise `ValueError` where one point's share of the curvature is not known."""
-
-    @abc.abstractmethod
-    def without(
+    def newton_steps(
         self,
         risk: EmpiricalRisk,
         model: Model,
         factored: AbstractFactored,
-        jacobian: AbstractJacobian,
-        indices: Int[Array, " k"],
-    ) -> Float[Array, "k P"]:
-        """Δθᵢ = −H₋ᵢ⁻¹ ∇J₋ᵢ(θ̂) for each i of `indices`: one Newton step without point i (P10).
-        `jacobian` is that of all training outputs."""
+        jacobian: AbstractJacobian | None,
+    ) -> "AbstractNewtonSteps | None":
+        """The Newton steps without single points (P10), made ready for `factored`; `None` where one
+        point's share of the curvature is not known. `jacobian` is that of all training outputs,
+        `None` where they are not one array."""
 
 
 class AbstractMatrixCurvature(AbstractCurvature):
@@ -175,13 +183,6 @@ def hvp_matrix(matvec: Callable[[Array], Array], theta: Float[Array, " P"]) -> F
     P = theta.size
     eye = jnp.eye(P, dtype=theta.dtype)
     return jax.lax.map(matvec, eye, batch_size=min(P, chunk_length(64 * P, theta.dtype)))
-
-
-def no_removal(name: str) -> ValueError:
-    return ValueError(
-        f"{name} does not say what one point adds to the curvature, so a Newton step without that "
-        'point is undefined. Use Hessian() or GaussNewton(), or `removal(f, "first-order")`.'
-    )
 
 
 def flat_structure(model: Model) -> jax.ShapeDtypeStruct:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from .._custom_types import Model
 from .._misc import ravel
 from .._restriction import restrict
-from .base import AbstractCurvature, AbstractFactored, no_removal
+from .base import AbstractCurvature, AbstractFactored
 from .hessian import Hessian
 
 
@@ -52,11 +52,8 @@ class BlockDiagonal(AbstractCurvature):
             )
         )
 
-    def check_without(self):
-        raise no_removal("BlockDiagonal")
-
-    def without(self, risk, model, factored, jacobian, indices):
-        raise no_removal("BlockDiagonal")
+    def newton_steps(self, risk, model, factored, jacobian):
+        return None
 
 
 class Block(eqx.Module):
@@ -68,6 +65,10 @@ class Blocks(AbstractFactored):
     """A block-diagonal curvature: each block solved by itself."""
 
     blocks: tuple[Block, ...]
+
+    @property
+    def is_matrix(self):
+        return False
 
     def matvec(self, v):
         out = jnp.zeros_like(v)
@@ -83,7 +84,7 @@ class Blocks(AbstractFactored):
         return out, converged
 
     def perturbed(self, matvec):
-        raise no_removal("BlockDiagonal")
+        raise NotImplementedError("A block-diagonal matrix plus another is not block-diagonal.")
 
 
 def layers(model: Model) -> list[tuple[np.ndarray, Callable]]:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import lineax as lx
 
 from .._misc import chunk_length, ravel
-from .base import AbstractCurvature, Factored, no_removal
+from .base import AbstractCurvature, Factored
 from .ggn import GaussNewton
 
 
@@ -32,11 +32,8 @@ class Diagonal(AbstractCurvature):
             )
         return Factored(lx.DiagonalLinearOperator(diagonal), lx.Diagonal())
 
-    def check_without(self):
-        raise no_removal("Diagonal")
-
-    def without(self, risk, model, factored, jacobian, indices):
-        raise no_removal("Diagonal")
+    def newton_steps(self, risk, model, factored, jacobian):
+        return None
 
 
 @eqx.filter_jit

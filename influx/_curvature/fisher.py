@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 
 from .._gradients import example_gradient
 from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, ravel
-from .base import AbstractMatrixCurvature, no_removal
+from .base import AbstractMatrixCurvature
 from .ggn import _gauss_newton_matvec, gauss_newton_matrix
 
 
@@ -82,11 +82,8 @@ class Fisher(AbstractMatrixCurvature):
 
         return jax.vmap(drawn)(jr.split(jr.fold_in(self.key, i), self.draws))
 
-    def check_without(self):
-        raise no_removal(f'Fisher("{self.kind}")')
-
-    def without(self, risk, model, factored, jacobian, indices):
-        raise no_removal(f'Fisher("{self.kind}")')
+    def newton_steps(self, risk, model, factored, jacobian):
+        return None
 
 
 class _ExactMiddle(eqx.Module):

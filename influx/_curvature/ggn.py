@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from .._jacobian import output_jacobian
 from .._misc import check_damping, ravel
 from .base import AbstractMatrixCurvature
-from .woodbury import output_terms, steps_without
+from .newton_step import woodbury
 
 
 class GaussNewton(AbstractMatrixCurvature):
@@ -28,12 +28,8 @@ class GaussNewton(AbstractMatrixCurvature):
     def matrix(self, risk, model):
         return gauss_newton_matrix(risk, model)
 
-    def check_without(self):
-        pass
-
-    def without(self, risk, model, factored, jacobian, indices):
-        terms = output_terms(risk, model, jacobian, indices)
-        return steps_without(risk, model, factored, terms)
+    def newton_steps(self, risk, model, factored, jacobian):
+        return woodbury(risk, model, factored, jacobian, self.damping)
 
 
 def _gauss_newton_matvec(risk, model, middle):

@@ -5,7 +5,7 @@ from .._jacobian import is_affine
 from .._misc import check_damping, ravel
 from .base import AbstractMatrixCurvature, hvp_matrix
 from .ggn import gauss_newton_matrix
-from .woodbury import hessian_steps_without, output_terms, steps_without
+from .newton_step import Perturbed, woodbury
 
 
 class Hessian(AbstractMatrixCurvature):
@@ -28,14 +28,10 @@ class Hessian(AbstractMatrixCurvature):
             return gauss_newton_matrix(risk, model)
         return _hessian_matrix(self, risk, model)
 
-    def check_without(self):
-        pass
-
-    def without(self, risk, model, factored, jacobian, indices):
-        if is_affine(risk, model):
-            terms = output_terms(risk, model, jacobian, indices)
-            return steps_without(risk, model, factored, terms)
-        return hessian_steps_without(risk, model, factored, indices)
+    def newton_steps(self, risk, model, factored, jacobian):
+        if jacobian is not None and jacobian.affine:
+            return woodbury(risk, model, factored, jacobian, self.damping)
+        return Perturbed(self.damping)
 
 
 @eqx.filter_jit

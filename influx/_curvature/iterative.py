@@ -48,11 +48,8 @@ class CG(AbstractCurvature):
         solver = lx.CG(rtol=0.0, atol=self.rtol, max_steps=steps)
         return Normalised(Factored(operator, solver))
 
-    def check_without(self):
-        self.curvature.check_without()
-
-    def without(self, risk, model, factored, jacobian, indices):
-        return self.curvature.without(risk, model, factored, jacobian, indices)
+    def newton_steps(self, risk, model, factored, jacobian):
+        return self.curvature.newton_steps(risk, model, factored, jacobian)
 
 
 class MINRES(AbstractCurvature):
@@ -82,11 +79,8 @@ class MINRES(AbstractCurvature):
         solver = MinresSolver(rtol=0.0, atol=self.rtol, max_steps=steps)
         return Normalised(Factored(_operator(self.curvature, risk, model), solver))
 
-    def check_without(self):
-        self.curvature.check_without()
-
-    def without(self, risk, model, factored, jacobian, indices):
-        return self.curvature.without(risk, model, factored, jacobian, indices)
+    def newton_steps(self, risk, model, factored, jacobian):
+        return self.curvature.newton_steps(risk, model, factored, jacobian)
 
 
 class Normalised(AbstractFactored):
@@ -97,6 +91,10 @@ class Normalised(AbstractFactored):
     """
 
     factored: Factored
+
+    @property
+    def is_matrix(self):
+        return self.factored.is_matrix
 
     def matvec(self, v):
         return self.factored.matvec(v)

@@ -4,6 +4,8 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
+from .._jacobian import AbstractJacobian
+
 
 class AbstractResponse(eqx.Module):
     """R = ∂θ̂/∂w, how the trained parameters move when data weights move, behind its products.
@@ -15,6 +17,8 @@ class AbstractResponse(eqx.Module):
     response.columns(response.prepare(V), indices) == response.pull(V)[:, indices]
     ```
     """
+
+    jacobian: eqx.AbstractVar[AbstractJacobian | None]
 
     @abc.abstractmethod
     def prepare(self, vectors: Float[Array, "k P"]) -> Any:
@@ -37,18 +41,19 @@ class AbstractResponse(eqx.Module):
         """Raise `ValueError` where `displace` is not defined."""
 
     @abc.abstractmethod
-    def displace(self, indices: Int[Array, " b"]) -> Float[Array, "b P"]:
-        """Δθᵢ = −H₋ᵢ⁻¹∇J₋ᵢ(θ̂): one Newton step without point i, from θ̂ (P10)."""
-
-    @abc.abstractmethod
-    def linearised_slopes(
-        self, indices: Int[Array, " b"], steps: Float[Array, "b P"]
-    ) -> Float[Array, "b P"]:
-        """∇J₋ᵢ(θ̂) + H₋ᵢ stepᵢ, undamped: what a Newton step without point i leaves to first order."""
+    def newton_steps(
+        self, indices: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b P"], Float[Array, " b"]]:
+        """`displace(indices)`, and for each a bound on ‖∇J₋ᵢ(θ̂) + H₋ᵢΔθᵢ‖ (H undamped), what the step
+        leaves of the slope to first order."""
 
     @abc.abstractmethod
     def settle(self) -> Float[Array, " P"]:
         """δ₀ = −H⁻¹∇J(θ̂): the Newton step with every point kept; 0 at a stationary point."""
+
+    def displace(self, indices: Int[Array, " b"]) -> Float[Array, "b P"]:
+        """Δθᵢ = −H₋ᵢ⁻¹∇J₋ᵢ(θ̂): one Newton step without point i, from θ̂ (P10)."""
+        return self.newton_steps(indices)[0]
 
     def pull(self, vectors: Float[Array, "k P"]) -> Float[Array, "k n"]:
         """n · vᵀR for each row v."""

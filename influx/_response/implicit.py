@@ -3,11 +3,11 @@ import jax
 import jax.numpy as jnp
 
 from .._curvature import AbstractCurvature, AbstractFactored
-from .._curvature.woodbury import output_terms
+from .._curvature.newton_step import AbstractNewtonSteps
 from .._custom_types import Model
 from .._gradients import map_gradients, risk_gradient
 from .._jacobian import AbstractJacobian, output_jacobian
-from .._misc import dot, einsum, take
+from .._misc import dot, take
 from .._risk import EmpiricalRisk
 from .base import AbstractResponse
 
@@ -23,6 +23,7 @@ class Implicit(AbstractResponse):
     curvature: AbstractCurvature
     factored: AbstractFactored
     jacobian: AbstractJacobian | None
+    newton: AbstractNewtonSteps | None
     chunk_size: int | None = eqx.field(static=True)
 
     def __init__(
@@ -39,6 +40,7 @@ class Implicit(AbstractResponse):
         output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
         is_array = isinstance(output, jax.ShapeDtypeStruct)
         self.jacobian = output_jacobian(risk, model) if is_array else None
+        self.newton = curvature.newton_steps(risk, model, self.factored, self.jacobian)
 
     def prepare(self, vectors):
         return jax.vmap(self.factored.solve)(vectors)
@@ -56,23 +58,24 @@ class Implicit(AbstractResponse):
         return self._map_gradients(solved, self.risk.data)
 
     def check_displace(self):
-        self.curvature.check_without()
+        if self.newton is None:
+            raise ValueError(
+                f"{self.curvature} does not say what one point adds to the curvature, so a Newton step "
+                "without that point is undefined. Use Hessian() or GaussNewton(), or "
+                '`removal(f, "first-order")`.'
+            )
 
-    def displace(self, indices):
-        return self.curvature.without(self.risk, self.model, self.factored, self.jacobian, indices)
-
-    def linearised_slopes(self, indices, steps):
-        terms = output_terms(self.risk, self.model, self.jacobian, indices)
-        curved = terms.residual + einsum(
-            "kab,kb->ka", terms.hessian, terms.jacobian.push_each(steps)
-        )
-        lost = terms.jacobian.pull(terms.share[:, None] * curved)
-        damping = jnp.asarray(self.curvature.damping, steps.dtype)
-        kept = jax.vmap(self.factored.matvec)(steps) - damping * steps
-        return risk_gradient(self.risk, self.model)[None] + kept - lost
+    def newton_steps(self, indices):
+        return _newton_steps(self, indices)
 
     def settle(self):
         return -self.factored.solve(risk_gradient(self.risk, self.model))
 
     def _map_gradients(self, fn, data):
         return map_gradients(fn, self.risk, self.model, data, chunk_size=self.chunk_size)
+
+
+@eqx.filter_jit
+def _newton_steps(response: Implicit, indices):
+    parts = response.risk, response.model, response.factored, response.jacobian
+    return response.newton.steps(*parts, indices)

@@ -1,0 +1,188 @@
+"""One Newton step without a point (theory: P10)."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .._custom_types import Model
+from .._gradients import example_gradient, risk_gradient
+from .._jacobian import AbstractJacobian
+from .._misc import chunk_length, chunked_map, dot, einsum, ravel, take
+from .._risk import EmpiricalRisk
+from .base import AbstractFactored
+
+
+class AbstractNewtonSteps(eqx.Module):
+    """The Newton steps without single points, what they share made ready once."""
+
+    damping: eqx.AbstractVar[float]
+
+    @abc.abstractmethod
+    def steps(
+        self,
+        risk: EmpiricalRisk,
+        model: Model,
+        factored: AbstractFactored,
+        jacobian: AbstractJacobian,
+        indices: Int[Array, " k"],
+    ) -> tuple[Float[Array, "k P"], Float[Array, " k"]]:
+        """Δθᵢ = −(H₋ᵢ + λI)⁻¹∇J₋ᵢ(θ̂), and a bound on what each leaves of the linearised slope
+        without the point, ‖∇J₋ᵢ(θ̂) + H₋ᵢΔθᵢ‖: the error of the solve, and λ‖Δθᵢ‖."""
+
+
+class OutputTerms(eqx.Module):
+    """What k points contribute to J through their outputs: (wᵢ/n) Aᵢᵀ rᵢ to ∇J and (wᵢ/n) AᵢᵀSᵢAᵢ
+    to its Gauss–Newton matrix."""
+
+    jacobian: AbstractJacobian
+    residual: Float[Array, "k K"]
+    hessian: Float[Array, "k K K"]
+    share: Float[Array, " k"]
+
+    def slope(self, moved: Float[Array, "k K"]) -> Float[Array, "k K"]:
+        """(wᵢ/n)(rᵢ + Sᵢ movedᵢ): the linearised slope in the output that has moved."""
+        product = einsum("kab,kb->ka", self.hessian, moved)
+        return self.share[:, None] * (self.residual + product)
+
+    def middle(self, leverage: Float[Array, "k K K"], moved: Float[Array, "k K"]):
+        """uᵢ = (I − (wᵢ/n) SᵢKᵢ)⁻¹ (wᵢ/n)(rᵢ + SᵢAᵢδ₀), `leverage` being Kᵢ and `moved` Aᵢδ₀."""
+        product = self.share[:, None, None] * einsum("kab,kbc->kac", self.hessian, leverage)
+        matrix = jnp.eye(moved.shape[1], dtype=moved.dtype)[None] - product
+        return jnp.linalg.solve(matrix, self.slope(moved)[..., None])[..., 0]
+
+
+def output_terms(
+    risk: EmpiricalRisk, model: Model, jacobian: AbstractJacobian, indices: Int[Array, " k"]
+) -> OutputTerms:
+    """rᵢ = ∇ℓᵢ and Sᵢ = ∇²ℓᵢ in the flattened output, Aᵢ, and wᵢ/n, of some training points."""
+
+    def at_output(example):
+        x, y = example
+        output = risk.output(model, x)
+        flat = lambda o: risk.loss(o.reshape(output.shape), y)
+        return jax.grad(flat)(output.reshape(-1)), risk.loss.output_hessian(output, y)
+
+    residual, hessian = jax.vmap(at_output)(take(risk.data, indices))
+    share = risk.weights[indices] / risk.n
+    return OutputTerms(jacobian.take(indices), residual, hessian, share)
+
+
+class Woodbury(AbstractNewtonSteps):
+    r"""Steps through the output's low rank: H₋ᵢ = H − (wᵢ/n) AᵢᵀSᵢAᵢ and ∇J₋ᵢ = ∇J − (wᵢ/n) Aᵢᵀrᵢ.
+
+    By Woodbury's identity, with δ₀ = −H⁻¹∇J and the leverage Kᵢ = AᵢH⁻¹Aᵢᵀ,
+
+        Δθᵢ = δ₀ + H⁻¹Aᵢᵀuᵢ,    uᵢ = (I − (wᵢ/n) SᵢKᵢ)⁻¹ (wᵢ/n)(rᵢ + SᵢAᵢδ₀).
+
+    For scalar squared loss (S = 1) the middle factor is 1/(1 − hᵢ), hᵢ = (wᵢ/n)Kᵢ. K solves a point.
+    """
+
+    damping: float
+
+    def steps(self, risk, model, factored, jacobian, indices):
+        terms = output_terms(risk, model, jacobian, indices)
+        gradient = risk_gradient(risk, model)
+        delta = -factored.solve(gradient)
+        rows = terms.jacobian.dense()  # [k, K, P]
+        solved = jax.lax.map(jax.vmap(factored.solve), rows)
+        leverage = einsum("kap,kbp->kab", rows, solved)
+        u = terms.middle(leverage, terms.jacobian.push(delta))
+        steps = delta[None] + einsum("ka,kap->kp", u, solved)
+        kept = jax.vmap(factored.matvec)(steps) - jnp.asarray(self.damping, steps.dtype) * steps
+        lost = terms.jacobian.pull(terms.slope(terms.jacobian.push_each(steps)))
+        return steps, jnp.linalg.norm(gradient[None] + kept - lost, axis=1)
+
+
+class HeldWoodbury(AbstractNewtonSteps):
+    r"""As `Woodbury`, with M = (H + λI)⁻¹ held as a matrix, and with it the leverages Kᵢ of a linear
+    head: all steps are then one matrix product.
+
+    What a step leaves of the slope is bounded, not evaluated. With qᵢ = Aᵢᵀuᵢ,
+
+        ∇J₋ᵢ + (H₋ᵢ + λI)Δθᵢ = (∇J + (H + λI)δ₀) + ((H + λI)M − I)qᵢ
+                               + Aᵢᵀ[uᵢ − (wᵢ/n)(rᵢ + Sᵢ(Aᵢδ₀ + Kᵢuᵢ))].
+
+    `slack` is the norm of the first term, `defect` bounds ‖(H + λI)M − I‖ and the rounding of Kᵢ and
+    of Mqᵢ.
+    """
+
+    damping: float
+    inverse: Float[Array, "P P"]
+    leverage: Float[Array, "n K K"] | None
+    delta: Float[Array, " P"]
+    slack: Float[Array, ""]
+    defect: Float[Array, ""]
+
+    def steps(self, risk, model, factored, jacobian, indices):
+        terms = output_terms(risk, model, jacobian, indices)
+        if self.leverage is None:
+            leverage = terms.jacobian.sandwich(self.inverse)
+        else:
+            leverage = self.leverage[indices]
+        moved = terms.jacobian.push(self.delta)
+        u = terms.middle(leverage, moved)
+        q = terms.jacobian.pull(u)
+        # A barrier, or XLA repeats the product in every kernel that it fuses the sum into.
+        steps = self.delta[None] + jax.lax.optimization_barrier(dot(q, self.inverse))
+        left = u - terms.slope(moved + einsum("kab,kb->ka", leverage, u))
+        norm = lambda rows: jnp.linalg.norm(rows, axis=1)
+        bound = self.slack + self.defect * norm(q) + terms.jacobian.norms() * norm(left)
+        return steps, bound + jnp.asarray(self.damping, steps.dtype) * norm(steps)
+
+
+class Perturbed(AbstractNewtonSteps):
+    """Steps where ∇²ℓᵢ has no low rank: one solve with H₋ᵢ = H − (wᵢ/n)∇²ℓᵢ a point."""
+
+    damping: float
+
+    def steps(self, risk, model, factored, jacobian, indices):
+        theta, rebuild = ravel(model)
+        gradient = risk_gradient(risk, model)
+
+        def one(i):
+            example, share = take(risk.data, i), risk.weights[i] / risk.n
+            grad = lambda t: example_gradient(risk, rebuild(t), example)
+            lost = lambda v: -share * jax.jvp(grad, (theta,), (v,))[1]
+            slope = gradient - share * grad(theta)
+            step = -factored.perturbed(lost).solve(slope)
+            kept = factored.matvec(step) - jnp.asarray(self.damping, step.dtype) * step
+            return step, jnp.linalg.norm(slope + kept + lost(step))
+
+        return chunked_map(one, indices, chunk_length(3 * theta.size**2, theta.dtype))
+
+
+def woodbury(
+    risk: EmpiricalRisk,
+    model: Model,
+    factored: AbstractFactored,
+    jacobian: AbstractJacobian,
+    damping: float,
+) -> AbstractNewtonSteps:
+    """`HeldWoodbury` where the curvature is a matrix and P solves are fewer than all rows Aᵢ need."""
+    theta, _ = ravel(model)
+    rows = jacobian.examples * jacobian.outputs
+    if theta.size > rows or not factored.is_matrix:
+        return Woodbury(damping)
+    return _hold(risk, model, factored, jacobian, damping)
+
+
+@eqx.filter_jit
+def _hold(risk, model, factored, jacobian, damping) -> HeldWoodbury:
+    gradient = risk_gradient(risk, model)
+    eye = jnp.eye(gradient.size, dtype=gradient.dtype)
+    matrix, inverse = (jax.vmap(fn)(eye) for fn in (factored.matvec, factored.solve))
+    delta = -factored.solve(gradient)
+    norm = jnp.linalg.norm
+    rounding = 3 * (gradient.size + 2) * jnp.finfo(eye.dtype).eps * norm(matrix) * norm(inverse)
+    fits = chunk_length(jacobian.outputs**2, eye.dtype) >= jacobian.examples
+    return HeldWoodbury(
+        damping,
+        inverse,
+        jacobian.sandwich(inverse) if jacobian.closed_form and fits else None,
+        delta,
+        norm(gradient + factored.matvec(delta)),
+        norm(dot(matrix, inverse) - eye) + rounding,
+    )
