@@ -4,7 +4,8 @@
 
 Digits, 1,500 training rows, l2 = 1e-2 on every parameter, multinomial logistic regression fitted to
 ‖∇J‖ < 1e-12 by Newton. "Slope" is that of the actual change on the predicted one. Truth: every model
-retrained by `leave_one_out` to ‖∇J₋ᵢ‖ < 1e-10. Times are the best of three warm calls in this run.
+retrained by `leave_one_out` to ‖∇J₋ᵢ‖ < 1e-10. Correlations are over all 1,500 removed points, and
+over 100 random draws of 200 of them. Times are the least of several warm calls in this run.
 """
 
 import time
@@ -20,7 +21,7 @@ from sklearn.datasets import load_digits
 
 import influx as ix
 
-N, L2, REMOVED = 1500, 1e-2, 200
+N, L2, REMOVED, DRAWS = 1500, 1e-2, 200, 100
 
 
 def digits(flipped: float):
@@ -46,37 +47,45 @@ def margins(logits, labels):
     return own - jax.nn.logsumexp(logits, axis=1, where=others)
 
 
-def best_of_three(fn):
+def fastest(fn):
+    """The answer, and the least time of warm calls: three, and as many more as fit into a second."""
     answer, times = jax.block_until_ready(fn()), []
-    for _ in range(3):
+    while len(times) < 3 or sum(times) < 1:
         start = time.perf_counter()
         answer = jax.block_until_ready(fn())
         times.append(time.perf_counter() - start)
     return answer, min(times)
 
 
+def agreement(guess, truth):
+    """Pearson's correlation, the slope of the actual on the predicted, the largest error."""
+    pearson = np.corrcoef(guess.ravel(), truth.ravel())[0, 1]
+    return pearson, (guess * truth).sum() / (guess**2).sum(), np.abs(guess - truth).max()
+
+
 def predictions(console: Console) -> None:
     train, rest = digits(0.0)
     risk, model = fitted(train)
     f = ix.influence(risk, model, ix.Hessian())
-    chosen = np.sort(np.random.default_rng(1).permutation(N)[:REMOVED])
+    draws = [np.random.default_rng(seed).permutation(N)[:REMOVED] for seed in range(DRAWS)]
 
     def watched(m):
         return risk.losses(m, rest), margins(jax.vmap(m)(rest[0]), rest[1])
 
-    after = ix.leave_one_out(risk, model, ix.Newton(), indices=chosen, outcome=watched)
+    after = ix.leave_one_out(risk, model, ix.Newton(), outcome=watched)
     actual = [np.asarray(a - b[None]).T for a, b in zip(after, watched(model))]
-    table = Table("297 other points'", "prediction", "Pearson", "slope", "largest error")
+    columns = ("prediction", "Pearson", "slope", "largest error", "lowest and median of 200 points")
+    table = Table("297 other points'", *columns)
     for name, truth, g in zip(
         ("loss", "margin"), actual, (f, ix.classification(f, "margin")), strict=True
     ):
         for step in ("first-order", "newton"):
-            guess = np.asarray(ix.removal(g, step)(rest))[:, chosen]
-            slope = (guess * truth).sum() / (guess**2).sum()
-            pearson = np.corrcoef(guess.ravel(), truth.ravel())[0, 1]
-            worst = np.abs(guess - truth).max()
-            table.add_row(name, step, f"{pearson:.7f}", f"{slope:.4f}", f"{worst:.1e}")
-    console.print(f"Removal of {REMOVED} training digits, no label noise", table)
+            guess = np.asarray(ix.removal(g, step)(rest))
+            pearson, slope, worst = agreement(guess, truth)
+            some = [agreement(guess[:, c], truth[:, c])[0] for c in draws]
+            spread = f"{min(some):.7f}, {np.median(some):.7f}"
+            table.add_row(name, step, f"{pearson:.7f}", f"{slope:.4f}", f"{worst:.1e}", spread)
+    console.print(f"Removal of each of {N} training digits, no label noise; {DRAWS} draws", table)
 
 
 def certificates(console: Console, flipped: float) -> None:
@@ -88,7 +97,7 @@ def certificates(console: Console, flipped: float) -> None:
     def watched(m):
         return margins(jax.vmap(m)(train[0]), train[1]), jnp.mean(risk.losses(m, heldout))
 
-    truth, loo = best_of_three(lambda: ix.leave_one_out(risk, model, ix.Newton(), outcome=watched))
+    truth, loo = fastest(lambda: ix.leave_one_out(risk, model, ix.Newton(), outcome=watched))
     without = jnp.diagonal(truth[0])
     margin, loss = watched(model)
     label = np.where(margin <= 0, 2, np.where(without <= 0, 1, 0))
@@ -102,12 +111,12 @@ def certificates(console: Console, flipped: float) -> None:
         )  # fmt: skip
 
     for tier in (1, 2):
-        got, seconds = best_of_three(lambda tier=tier: ix.certify(f, tier=tier))
+        got, seconds = fastest(lambda tier=tier: ix.certify(f, tier=tier))
         wrong = (np.asarray(got.certified) & (np.asarray(got.label) != label)).sum()
         row(f"labels, tier {tier}", got, without, wrong, seconds)
     change = truth[1] - loss
     for refine in (0, 1):
-        got, seconds = best_of_three(
+        got, seconds = fastest(
             lambda refine=refine: ix.certify(f, heldout, mean=True, refine=refine)
         )
         signs = np.where(np.asarray(got.lower) > 0, 1, -1)

@@ -19,7 +19,7 @@ from ._risk import class_logits_shape
 from ._scale import Unscaled
 
 # What the points of one block need should stay in cache.
-_CACHE_BYTES = 12 * 2**20
+_CACHE_BYTES = 8 * 2**20
 
 
 class Certificate(eqx.Module):
