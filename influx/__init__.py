@@ -1,5 +1,6 @@
 """Influence functions, memorization and certified removal for JAX and Equinox models."""
 
+from . import extend as extend
 from . import testing as testing
 from ._certify import Certificate as Certificate
 from ._certify import certify as certify

@@ -15,6 +15,7 @@ from ._loss import LossConstants
 from ._measurement import Margin
 from ._memorization import memorization_label
 from ._misc import einsum, map_blocks, ravel, take
+from ._response import implicit_response
 from ._risk import class_logits_shape
 from ._scale import Unscaled
 
@@ -120,7 +121,8 @@ def _check(f: Influence, tier: int, refine: int) -> None:
             f"A certificate needs float64, the parameters are {theta.dtype}. Enable it with "
             '`jax.config.update("jax_enable_x64", True)` and convert model and data.'
         )
-    if f.response.jacobian is None or not f.response.jacobian.affine:
+    jacobian = implicit_response(f.response, "certify").jacobian
+    if jacobian is None or not jacobian.affine:
         raise ValueError(
             "A certificate needs outputs that are affine in the parameters, and these are not. Restrict "
             "to the last layer: `risk, model = influx.restrict(risk, model, lambda m: m.layers[-1])`."
@@ -144,6 +146,12 @@ def _checked_indices(f: Influence, indices) -> Int[Array, " k"]:
             f"`indices` must be a list of training points between 0 and {f.risk.n - 1}, got {indices}."
         )
     return indices
+
+
+def _jacobian(f: Influence) -> AbstractJacobian:
+    jacobian = implicit_response(f.response, "certify").jacobian
+    assert jacobian is not None  # `_check` has seen to it
+    return jacobian
 
 
 def _constants(f: Influence) -> LossConstants:
@@ -183,7 +191,7 @@ def _evaluated_slopes(f: Influence, refine: int) -> Callable:
 def _bounded_slopes(f: Influence) -> Callable:
     """θ̃ᵢ − θ̂, and ‖∇J₋ᵢ(θ̂) + H₋ᵢΔᵢ‖ + ½ Δᵢᵀ [(t/n) Σ wⱼ‖Aⱼ‖AⱼᵀAⱼ] Δᵢ ≥ ‖∇J₋ᵢ(θ̃ᵢ)‖: no pass over
     the data per point."""
-    jacobian = f.response.jacobian
+    jacobian = _jacobian(f)
     share = _constants(f).third * f.risk.weights / f.risk.n
     energy = jacobian.energy(share * jacobian.norms())
 
@@ -203,7 +211,7 @@ def _rounding(f: Influence) -> Callable:
     few roundings inside the loss are covered by the constant 64.
     """
     theta, _ = ravel(f.model)
-    norms, smooth = f.response.jacobian.norms(), _constants(f).smoothness
+    norms, smooth = _jacobian(f).norms(), _constants(f).smoothness
     at_output = lambda z: jnp.linalg.norm(
         jax.grad(lambda o: f.risk.loss(o, z[1]))(f.risk.output(f.model, z[0]))
     )
@@ -224,7 +232,7 @@ def _block(f: Influence, tier: int, items: int = 0) -> int:
     """How many points at a time stay in cache, `items` numbers being kept for each besides its step
     and, at tier 1, its model's outputs on the training data."""
     theta, _ = ravel(f.model)
-    outputs = f.risk.n * f.response.jacobian.outputs if tier == 1 else 0
+    outputs = f.risk.n * _jacobian(f).outputs if tier == 1 else 0
     return max(1, _CACHE_BYTES // (8 * (4 * theta.size + outputs + items)))
 
 
@@ -297,7 +305,7 @@ def _own_margins(f: Influence, indices, tier: int, refine: int) -> Certificate:
     def block(places):
         i = indices[places]
         steps, radius = enclose(i)
-        data, jacobian = take(f.risk.data, i), f.response.jacobian.take(i)
+        data, jacobian = take(f.risk.data, i), _jacobian(f).take(i)
         outer, norms = jacobian.outer(), jacobian.norms()
         without = jax.vmap(own)(steps, data, outer, norms)
         at = jax.vmap(own, (None, 0, 0, 0))(jnp.zeros_like(theta), data, outer, norms)

@@ -4,13 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import lineax as lx
 import numpy as np
 
 from ._curvature import AbstractFactored
 from ._gradients import map_gradients, risk_gradient
 from ._influence import Influence
 from ._misc import ravel
+from ._response import implicit_response
 from ._solver.bounds import lanczos
 
 VERDICT_ORDER = ("good", "warning", "bad")
@@ -60,7 +60,7 @@ def diagnose(f: Influence) -> Diagnosis:
     | `effective dimension` | tr (H − l2)(H + λ)⁻¹: directions the data decide | ≥ 1 |
     | `solve` | relative residual ‖v − Hx‖/‖v‖, and the error of a score it implies | bound < 1e-3 |
     | `precision` | worst relative asymmetry of uᵀH⁻¹v, measured | < 1e-3 |
-    | `leverage` | largest wᵢsᵢ/n: how far first order misjudges a removal | < 0.2 |
+    | `self-influence` | largest wᵢsᵢ/n, the first-order rise of a point's own loss on removal | < 0.2 |
     | `undefined` | training points of undefined relative influence | none |
 
     u is the unit roundoff of the parameters' dtype. The error bound of the solve is
@@ -69,11 +69,12 @@ def diagnose(f: Influence) -> Diagnosis:
 
     **Cost:** n solves, and for a dense curvature its eigenvalues, O(P³).
     """
+    response = implicit_response(f.response, "diagnose")
     finite = _finite(f)
     if finite.verdict == "bad":
         return Diagnosis((finite,))
     state = _measure(f)
-    low, high = _extremes(f, f.response.factored)
+    low, high = _extremes(f, response.factored)
     return Diagnosis((
         finite,
         _stationarity(state),
@@ -81,7 +82,7 @@ def diagnose(f: Influence) -> Diagnosis:
         _dimension(f),
         _solve(state, low),
         _precision(state),
-        _leverage(state),
+        _self_influence(state),
         _undefined(f),
     ))  # fmt: skip
 
@@ -115,7 +116,7 @@ def _measure(f: Influence) -> dict:
     squares = map_gradients(lambda _, g: jnp.vdot(g, g), f.risk, f.model)
     gradient = risk_gradient(f.risk, f.model)
     u, v = jr.normal(jr.key(0), (2, theta.size), theta.dtype)
-    factored = f.response.factored
+    factored = implicit_response(f.response, "diagnose").factored
     x, converged = factored.try_solve(u)
     y, _ = factored.try_solve(v)
 
@@ -140,11 +141,11 @@ def _measure(f: Influence) -> dict:
 
 def _extremes(f: Influence, factored: AbstractFactored) -> tuple[float, float]:
     """The extreme eigenvalues of H + λI: exactly where it is dense, else the extreme Ritz values."""
-    operator = getattr(factored, "operator", None)
-    if isinstance(operator, lx.MatrixLinearOperator):
-        values = np.linalg.eigvalsh(np.asarray(operator.as_matrix()))
-        return float(values[0]), float(values[-1])
     theta, _ = ravel(f.model)
+    if factored.is_matrix:
+        matrix = jax.vmap(factored.matvec)(jnp.eye(theta.size, dtype=theta.dtype))
+        values = np.linalg.eigvalsh(np.asarray(matrix))
+        return float(values[0]), float(values[-1])
     start = jr.normal(jr.key(1), theta.shape, theta.dtype)
     _, alpha, beta = eqx.filter_jit(lanczos)(factored.matvec, start, min(40, theta.size))
     off = np.diag(np.asarray(beta)[:-1], 1)
@@ -199,8 +200,9 @@ def _effective_dimension(f: Influence):
     """tr (H − l2)(H + λ)⁻¹ = P − tr (l2 + λ)(H + λ)⁻¹: exact for P ≤ 2000, else from 64 sign probes
     with their standard error."""
     theta, _ = ravel(f.model)
-    prior = f.risk.l2_vector(f.model) + jnp.asarray(f.response.curvature.damping, theta.dtype)
-    form = lambda z: jnp.vdot(prior * z, f.response.factored.try_solve(z)[0])
+    response = implicit_response(f.response, "diagnose")
+    prior = f.risk.l2_vector(f.model) + jnp.asarray(response.curvature.damping, theta.dtype)
+    form = lambda z: jnp.vdot(prior * z, response.factored.try_solve(z)[0])
     if theta.size <= 2000:
         basis = jnp.eye(theta.size, dtype=theta.dtype)
         return theta.size - jnp.sum(jax.lax.map(form, basis, batch_size=64)), 0.0
@@ -239,16 +241,17 @@ def _precision(state: dict) -> Finding:
     )
 
 
-def _leverage(state: dict) -> Finding:
-    share = np.asarray(state["weights"] * state["self"]) / state["weights"].shape[0]
-    top = float(np.max(share))
+def _self_influence(state: dict) -> Finding:
+    rise = np.asarray(state["weights"] * state["self"]) / state["weights"].shape[0]
+    top = float(np.max(rise))
     return _finding(
-        "leverage",
-        f"largest {top:.2f}, {int((share > 0.2).sum())} points above 0.2",
+        "self-influence",
+        f"own loss rises by up to {top:.2f} on removal, {int((rise > 0.2).sum())} points above 0.2",
         "good" if top < 0.2 else "warning",
-        "Where w s/n is not small, removing the point changes the curvature it is judged by, and "
-        "first order underestimates the effect.",
-        '`removal(f, "newton")` and `memorization(f, "newton")` take it into account.',
+        "Where removing a point moves its own loss by much, the model without it is far off, and "
+        "first order, a tangent, misjudges the change: most often it underestimates it.",
+        '`removal(f, "newton")` and `memorization(f, "newton")` follow the curve; `certify` says how '
+        "far they are to be trusted.",
     )
 
 

@@ -19,7 +19,7 @@ class Influence(eqx.Module):
 
     Made by [`influence`][] and rewritten by the transforms `classification`, `measure`, `relative`,
     `removal` and `groups`, each of which answers another `Influence` sharing the same factored
-    curvature. A pytree: it may be saved, donated and passed through `jax.jit`.
+    curvature. A pytree: it may be saved, donated and passed through `eqx.filter_jit`.
     """
 
     risk: EmpiricalRisk

@@ -3,7 +3,6 @@ outputs are affine in θ, and the closed form of a linear head (theory: P12)."""
 
 import abc
 from collections.abc import Callable
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -39,15 +38,27 @@ class AbstractJacobian(eqx.Module):
     jacobian.push(v)     == einsum("nkp,p->nk", A, v)
     jacobian.energy(s)(V) == einsum("n,kp,ncp,ncq,kq->k", s, V, A, A, V)
     ```
-
-    `affine`: whether the outputs are affine in θ, so that A does not depend on it. `closed_form`:
-    whether products cost less than forming A.
     """
 
-    examples: eqx.AbstractVar[int]
-    outputs: eqx.AbstractVar[int]
-    affine: eqx.AbstractVar[bool]
-    closed_form: eqx.AbstractClassVar[bool]
+    @property
+    @abc.abstractmethod
+    def examples(self) -> int:
+        """n."""
+
+    @property
+    @abc.abstractmethod
+    def outputs(self) -> int:
+        """K."""
+
+    @property
+    @abc.abstractmethod
+    def affine(self) -> bool:
+        """Whether the outputs are affine in θ, so that A does not depend on it."""
+
+    @property
+    @abc.abstractmethod
+    def closed_form(self) -> bool:
+        """Whether products cost less than forming A."""
 
     @abc.abstractmethod
     def gram(self, middle: Float[Array, "n K K"]) -> Float[Array, "P P"]:
@@ -96,13 +107,18 @@ class OutputJacobian(AbstractJacobian):
     risk: EmpiricalRisk
     model: Model
     inputs: PyTree[Array]
-    affine: bool = eqx.field(static=True)
-
-    closed_form: ClassVar[bool] = False
 
     @property
     def examples(self):
         return leading_length(self.inputs)
+
+    @property
+    def affine(self):
+        return is_affine(self.risk, self.model)
+
+    @property
+    def closed_form(self):
+        return False
 
     @property
     def outputs(self):
@@ -173,7 +189,7 @@ class OutputJacobian(AbstractJacobian):
         return lambda rows: jnp.sum(dot(rows, matrix) * rows, axis=1)
 
     def take(self, indices):
-        return OutputJacobian(self.risk, self.model, take(self.inputs, indices), self.affine)
+        return OutputJacobian(self.risk, self.model, take(self.inputs, indices))
 
 
 class HeadJacobian(AbstractJacobian):
@@ -187,15 +203,24 @@ class HeadJacobian(AbstractJacobian):
     """
 
     features: Float[Array, "n d"]
-    outputs: int = eqx.field(static=True)
+    classes: int = eqx.field(static=True)
     widths: tuple[int, ...] = eqx.field(static=True)
-
-    affine: ClassVar[bool] = True
-    closed_form: ClassVar[bool] = True
 
     @property
     def examples(self):
         return self.features.shape[0]
+
+    @property
+    def outputs(self):
+        return self.classes
+
+    @property
+    def affine(self):
+        return True
+
+    @property
+    def closed_form(self):
+        return True
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -264,7 +289,7 @@ class HeadJacobian(AbstractJacobian):
         return energy
 
     def take(self, indices):
-        return HeadJacobian(self.features[indices], self.outputs, self.widths)
+        return HeadJacobian(self.features[indices], self.classes, self.widths)
 
 
 def is_affine(risk: EmpiricalRisk, model: Model) -> bool:
@@ -289,10 +314,9 @@ def output_jacobian(risk: EmpiricalRisk, model: Model, inputs=None) -> AbstractJ
     """The Jacobians of the outputs at `inputs` (the training inputs by default), as a head's where
     they have exactly its structure on every one of them."""
     inputs = risk.data[0] if inputs is None else inputs
-    affine = is_affine(risk, model)
-    general = OutputJacobian(risk, model, inputs, affine)
+    general = OutputJacobian(risk, model, inputs)
     layout = _head_layout(risk, model)
-    if layout is None or not affine or not is_concrete((risk, model, inputs)):
+    if layout is None or not general.affine or not is_concrete((risk, model, inputs)):
         return general
     is_head, features = _head_features(general, *layout)
     if not is_concrete(is_head) or not bool(is_head):  # inside a trace nothing can be compared

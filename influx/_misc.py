@@ -57,7 +57,7 @@ def chunked_map(fn, xs: PyTree, chunk: int) -> PyTree:
     """`jax.vmap(fn)(xs)`, `chunk` rows at a time: the same result in less memory."""
     if chunk >= leading_length(xs):
         return jax.vmap(fn)(xs)
-    return jax.lax.map(fn, xs, batch_size=chunk)
+    return map_blocks(lambda i: jax.vmap(fn)(take(xs, i)), leading_length(xs), chunk)
 
 
 def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
@@ -89,9 +89,9 @@ def map_blocks(fn, n: int, chunk: int) -> PyTree:
     return jtu.tree_map(lambda x: x.reshape(count * size, *x.shape[2:])[:n], blocks)
 
 
-def check_damping(damping) -> float:
+def check_damping(damping):
     """A damping λ is a number at least zero."""
-    if isinstance(damping, jax.core.Tracer):
+    if not is_concrete(damping):
         return damping
     if not np.issubdtype(np.asarray(damping).dtype, np.number) or np.ndim(damping) != 0:
         raise ValueError(f"`damping` must be one number, got {damping!r}.")

@@ -3,17 +3,20 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
+from ._curvature import AbstractFactored
 from ._custom_types import Scores, Where
 from ._gradients import example_gradient
 from ._influence import Influence, influence
 from ._misc import chunk_length, chunked_map, dot, ravel
+from ._response import implicit_response
 from ._restriction import restrict
 from ._scale import Unscaled
-from ._solver.bounds import krylov
+from ._solver.bounds import krylov, lanczos
 
 
 class RestrictionBound(eqx.Module):
@@ -75,7 +78,8 @@ def restriction_bound(
             "The bound needs a known lower end of the spectrum: l2 > 0 on every parameter, or a "
             f"positive damping; min l2 + damping is {low:.3g}."
         )
-    curvature = getattr(f.response.curvature, "curvature", f.response.curvature)
+    curvature = implicit_response(f.response, "restriction_bound").curvature
+    curvature = getattr(curvature, "curvature", curvature)
     f.measurement.check(f.risk, f.model, queries)
     small, part = restrict(f.risk, f.model, where)
     inner = influence(small, part, curvature)
@@ -84,19 +88,22 @@ def restriction_bound(
 
 def _lower_end(f: Influence) -> float:
     """min l2 + λ, below every eigenvalue of a positive semi-definite curvature + l2 + λI."""
-    return float(jnp.min(f.risk.l2_vector(f.model))) + float(f.response.curvature.damping)
+    damping = implicit_response(f.response, "restriction_bound").curvature.damping
+    return float(jnp.min(f.risk.l2_vector(f.model))) + float(damping)
 
 
 @eqx.filter_jit
 def _bound(f: Influence, inner: Influence, where: Where, queries, steps: int, low: Array):
     theta, _ = ravel(f.model)
     kept = _kept(f, where)
-    factored = f.response.factored
+    factored = implicit_response(f.response, "restriction_bound").factored
+    part = implicit_response(inner.response, "restriction_bound").factored
+    scale = _norm(factored, theta)
 
     def solve(v):
         """(v, x̃, Hx̃, bound on the leftover form) of one gradient."""
-        start = jnp.zeros_like(v).at[kept].set(inner.response.factored.solve(v[kept]))
-        x, Hx, leftover = krylov(factored.matvec, start, v, steps, low)
+        start = jnp.zeros_like(v).at[kept].set(part.solve(v[kept]))
+        x, Hx, leftover = krylov(factored.matvec, start, v, steps, low, scale=scale)
         return v, x, Hx, leftover
 
     def gradient(query):
@@ -127,6 +134,14 @@ def _bound(f: Influence, inner: Influence, where: Where, queries, steps: int, lo
             full + error,
         ),
     )
+
+
+def _norm(factored: AbstractFactored, theta: Float[Array, " P"]) -> Float[Array, ""]:
+    """An estimate of ‖H‖₂: the largest Ritz value of ten Lanczos steps."""
+    start = jr.normal(jr.key(0), theta.shape, theta.dtype)
+    _, alpha, beta = lanczos(factored.matvec, start, min(10, theta.size))
+    off = jnp.diag(beta[:-1], 1)
+    return jnp.linalg.eigvalsh(jnp.diag(alpha) + off + off.T)[-1]
 
 
 def _kept(f: Influence, where: Where) -> Int[Array, " p"]:

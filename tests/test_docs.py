@@ -36,6 +36,7 @@ def public(module: ModuleType) -> list[str]:
 def names() -> list[tuple[str, object]]:
     """(name as it is written after `import influx`, object) of everything public."""
     own = [(name, getattr(influx, name)) for name in public(influx)]
+    own += [(f"extend.{n}", x) for n, x in vars(influx.extend).items() if n[0] != "_"]
     for module in (influx.testing, influx.plot):
         prefix = module.__name__.removeprefix("influx.")
         callables = [n for n in public(module) if callable(getattr(module, n))]
@@ -109,9 +110,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_documents_name_only_what_is_there(page):
     used = re.findall(
-        r"\b(?:ix|influx)\.((?:testing\.|plot\.)?[A-Za-z]\w*)\b(?!\.py)", page.read_text()
+        r"\b(?:ix|influx)\.((?:testing\.|plot\.|extend\.)?[A-Za-z]\w*)\b(?!\.py)", page.read_text()
     )
-    known = {name for name, _ in names()} | {"testing", "plot"}
+    known = {name for name, _ in names()} | {"testing", "plot", "extend"}
     assert not sorted(set(used) - known)
 
 

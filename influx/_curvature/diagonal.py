@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._misc import chunk_length, ravel
+from .._misc import chunk_length, is_concrete, ravel
 from .base import AbstractCurvature, Factored
 from .ggn import GaussNewton
 
@@ -25,7 +25,7 @@ class Diagonal(AbstractCurvature):
         diagonal = _diagonal(self.curvature, risk, model)
         diagonal = diagonal + jnp.asarray(self.damping, diagonal.dtype)
         low = jnp.min(diagonal)
-        if not isinstance(low, jax.core.Tracer) and not float(low) > 0:
+        if is_concrete(low) and not float(low) > 0:
             raise ValueError(
                 f"The diagonal of the curvature has the entry {float(low):.3g}, which is not "
                 "positive. Use a positive damping, or an l2 > 0 on every parameter."

@@ -7,6 +7,7 @@ import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
 from .._gradients import example_gradient
+from .._loss import AbstractLoss
 from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, ravel
 from .base import AbstractMatrixCurvature
 from .ggn import _gauss_newton_matvec, gauss_newton_matrix
@@ -73,6 +74,7 @@ class Fisher(AbstractMatrixCurvature):
         """∇ℓ at the given target, or at `draws` targets drawn for example i: [d, P]."""
         if self.kind == "empirical":
             return example_gradient(risk, model, example)[None]
+        assert self.key is not None  # `__init__` has seen to it
         x, y = example
         output = risk.output(model, x)
 
@@ -87,7 +89,7 @@ class Fisher(AbstractMatrixCurvature):
 
 
 class _ExactMiddle(eqx.Module):
-    loss: eqx.Module
+    loss: AbstractLoss
 
     def __call__(self, output, target):
         return self.loss.output_fisher(output)

@@ -29,6 +29,8 @@ class GaussNewton(AbstractMatrixCurvature):
         return gauss_newton_matrix(risk, model)
 
     def newton_steps(self, risk, model, factored, jacobian):
+        if jacobian is None:
+            return None
         return woodbury(risk, model, factored, jacobian, self.damping)
 
 

@@ -26,7 +26,7 @@ class AbstractNewtonSteps(eqx.Module):
         risk: EmpiricalRisk,
         model: Model,
         factored: AbstractFactored,
-        jacobian: AbstractJacobian,
+        jacobian: AbstractJacobian | None,
         indices: Int[Array, " k"],
     ) -> tuple[Float[Array, "k P"], Float[Array, " k"]]:
         """Δθᵢ = −(H₋ᵢ + λI)⁻¹∇J₋ᵢ(θ̂), and a bound on what each leaves of the linearised slope
@@ -55,9 +55,10 @@ class OutputTerms(eqx.Module):
 
 
 def output_terms(
-    risk: EmpiricalRisk, model: Model, jacobian: AbstractJacobian, indices: Int[Array, " k"]
+    risk: EmpiricalRisk, model: Model, jacobian: AbstractJacobian | None, indices: Int[Array, " k"]
 ) -> OutputTerms:
     """rᵢ = ∇ℓᵢ and Sᵢ = ∇²ℓᵢ in the flattened output, Aᵢ, and wᵢ/n, of some training points."""
+    assert jacobian is not None  # `woodbury` is built with one
 
     def at_output(example):
         x, y = example

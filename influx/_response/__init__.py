@@ -1,2 +1,3 @@
 from .base import AbstractResponse as AbstractResponse
 from .implicit import Implicit as Implicit
+from .implicit import implicit_response as implicit_response

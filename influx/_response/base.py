@@ -4,8 +4,6 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
-from .._jacobian import AbstractJacobian
-
 
 class AbstractResponse(eqx.Module):
     """R = ∂θ̂/∂w, how the trained parameters move when data weights move, behind its products.
@@ -17,8 +15,6 @@ class AbstractResponse(eqx.Module):
     response.columns(response.prepare(V), indices) == response.pull(V)[:, indices]
     ```
     """
-
-    jacobian: eqx.AbstractVar[AbstractJacobian | None]
 
     @abc.abstractmethod
     def prepare(self, vectors: Float[Array, "k P"]) -> Any:

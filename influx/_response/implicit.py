@@ -75,7 +75,18 @@ class Implicit(AbstractResponse):
         return map_gradients(fn, self.risk, self.model, data, chunk_size=self.chunk_size)
 
 
+def implicit_response(response: AbstractResponse, verb: str) -> Implicit:
+    """`response`, where it has a curvature."""
+    if not isinstance(response, Implicit):
+        raise ValueError(
+            f"`{verb}` needs a curvature, and this influence has none: use "
+            "`influence(risk, model, Hessian())`."
+        )
+    return response
+
+
 @eqx.filter_jit
 def _newton_steps(response: Implicit, indices):
+    assert response.newton is not None  # `check_displace` has seen to it
     parts = response.risk, response.model, response.factored, response.jacobian
     return response.newton.steps(*parts, indices)

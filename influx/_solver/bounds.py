@@ -80,7 +80,7 @@ def quadrature(
     norm: Float[Array, ""],
     lower,
     *,
-    scale=0.0,
+    scale: float | Array = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Bounds (Gauss, Gauss–Radau) with Gauss ≤ vᵀH⁻¹v ≤ Gauss–Radau, H symmetric positive definite.
 
@@ -117,7 +117,7 @@ def krylov(
     steps: int,
     lower,
     *,
-    scale=0.0,
+    scale: float | Array = 0.0,
 ) -> Solve:
     """`start`, an approximate solution of Hx = v, improved by k conjugate-gradient steps, with a bound.
 
