@@ -1,5 +1,7 @@
 """How far a restricted influence can be from the full one, without a solve in the full space (P9)."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,14 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ._curvature import AbstractFactored
 from ._custom_types import Scores, Where
+from ._effect import Derivative
 from ._gradients import example_gradient
 from ._influence import Influence, influence
 from ._misc import chunk_length, chunked_map, dot, ravel
 from ._response import implicit_response
 from ._restriction import restrict
 from ._scale import Unscaled
-from ._solver.bounds import krylov, lanczos
+from ._solver.bounds import Solve, krylov, lanczos
 
 
 class RestrictionBound(eqx.Module):
@@ -68,9 +71,11 @@ def restriction_bound(
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
-    if not isinstance(f.scale, Unscaled) or f.masks is not None:
+    plain = isinstance(f.scale, Unscaled) and isinstance(f.effect, Derivative) and f.masks is None
+    if not plain:
         raise ValueError(
-            "`restriction_bound` encloses plain influence: use `f` without `relative` or `groups`."
+            "`restriction_bound` encloses plain influence: use `f` without `relative`, `removal` or "
+            "`groups`."
         )
     low = _lower_end(f)
     if not low > 0:
@@ -83,7 +88,9 @@ def restriction_bound(
     f.measurement.check(f.risk, f.model, queries)
     small, part = restrict(f.risk, f.model, where)
     inner = influence(small, part, curvature)
-    return _bound(f, inner, where, queries, steps, jnp.asarray(low, f.risk.weights.dtype))
+    low = jnp.asarray(low, f.risk.weights.dtype)
+    rows, solved = jax.block_until_ready(_query_side(f, inner, where, queries, steps, low))
+    return _bound(f, inner, where, rows, solved, steps, low)
 
 
 def _lower_end(f: Influence) -> float:
@@ -92,8 +99,8 @@ def _lower_end(f: Influence) -> float:
     return float(jnp.min(f.risk.l2_vector(f.model))) + float(damping)
 
 
-@eqx.filter_jit
-def _bound(f: Influence, inner: Influence, where: Where, queries, steps: int, low: Array):
+def _solver(f: Influence, inner: Influence, where: Where, steps: int, low: Array) -> Callable:
+    """v ↦ x̃, Hx̃ and the bound on the leftover form, from the restricted solution on."""
     theta, _ = ravel(f.model)
     kept = _kept(f, where)
     factored = implicit_response(f.response, "restriction_bound").factored
@@ -101,38 +108,57 @@ def _bound(f: Influence, inner: Influence, where: Where, queries, steps: int, lo
     scale = _norm(factored, theta)
 
     def solve(v):
-        """(v, x̃, Hx̃, bound on the leftover form) of one gradient."""
         start = jnp.zeros_like(v).at[kept].set(part.solve(v[kept]))
-        x, Hx, leftover = krylov(factored.matvec, start, v, steps, low, scale=scale)
-        return v, x, Hx, leftover
+        return krylov(factored.matvec, start, v, steps, low, scale=scale)
 
-    def gradient(query):
+    return solve
+
+
+def _chunk(f: Influence, steps: int) -> int:
+    theta, _ = ravel(f.model)
+    return chunk_length((4 * steps + 16) * theta.size, theta.dtype)
+
+
+# Queries and training points are two programs. In one, XLA runs their batched eigendecompositions at
+# the same time, each waits for a free thread, and on a machine of two cores both wait for ever.
+@eqx.filter_jit
+def _query_side(f: Influence, inner: Influence, where: Where, queries, steps: int, low: Array):
+    """The rows v = ∇m [m, c, P] and what `_solver` answers for them."""
+    solve = _solver(f, inner, where, steps, low)
+
+    def one(query):
         rows = f.measurement.gradient(f.risk, f.model, query)
         return rows, jax.vmap(solve)(jnp.atleast_2d(rows))
 
-    def columns(example):
-        g, x, Hx, leftover = solve(example_gradient(f.risk, f.model, example))
-        error = jnp.sqrt(mleft * leftover)
-        return -(dot(mx, g) + dot(mv, x) - dot(mx, Hx)), error
+    return chunked_map(one, queries, _chunk(f, steps))
 
-    chunk = chunk_length((4 * steps + 16) * theta.size, theta.dtype)
-    rows, (mv, mx, _, mleft) = chunked_map(gradient, queries, chunk)
-    P = theta.size
-    mv, mx, mleft = mv.reshape(-1, P), mx.reshape(-1, P), mleft.reshape(-1)
-    full, error = chunked_map(columns, f.risk.data, chunk)
-    full, error = full.T, error.T  # [m·c, n]
-    restricted = inner.response.pull(mv[:, kept])
-    distance = jnp.abs(full - restricted)
+
+@eqx.filter_jit
+def _bound(
+    f: Influence, inner: Influence, where: Where, rows, solved: Solve, steps: int, low: Array
+):
+    theta, _ = ravel(f.model)
+    solve = _solver(f, inner, where, steps, low)
+    v, x = (a.reshape(-1, theta.size) for a in (rows, solved.x))
+    leftover = solved.leftover.reshape(-1)
+
+    def columns(example):
+        g = example_gradient(f.risk, f.model, example)
+        other = solve(g)
+        error = jnp.sqrt(leftover * other.leftover)
+        return -(dot(x, g) + dot(v, other.x) - dot(x, other.Hx)), error
+
+    full, error = chunked_map(columns, f.risk.data, _chunk(f, steps))
+    restricted = inner.response.pull(v[:, _kept(f, where)])
     shaped = lambda scores: scores.reshape(*rows.shape[:-1], f.risk.n)
-    return jtu.tree_map(
-        shaped,
-        RestrictionBound(
-            restricted,
-            jnp.maximum(distance - error, 0),
-            distance + error,
-            full - error,
-            full + error,
-        ),
+    full, error, restricted = shaped(full.T), shaped(error.T), shaped(restricted)
+    distance = jnp.abs(full - restricted)
+    return RestrictionBound(
+        restricted,
+        jnp.maximum(distance - error, 0),
+        distance + error,
+        full - error,
+        full + error,
     )
 
 

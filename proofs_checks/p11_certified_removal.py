@@ -7,7 +7,8 @@ STATEMENT
     (b) For hard labels, logits z affine in θ, and l2 > 0 on every parameter: μ = min l2. With A =
         ∂z/∂θ and J = ‖A‖₂ (= ‖x̃‖ for a linear layer, the bias' 1 included):
             ‖∇γ‖, ‖∇CE‖ ≤ √2 J,   ‖∇p_c‖ ≤ (√2/4) J,   β ≤ ½J² for CE, γ and every p_c.
-    (c) Third derivative: |D³ logsumexp(z)[u, u, v]| ≤ ‖u‖²‖v‖/√2. For a sigmoid, |σ''| ≤ 1/(6√3).
+    (c) Third derivative: |D³ logsumexp(z)[u, u, v]| ≤ √(2/27) ‖u‖²‖v‖, which is attained. For a
+        sigmoid, |σ''| ≤ 1/(6√3).
     (d) Tier 2. For any Δ and θ̃ = θ̂ + Δ, t the constant of (c), no pass over the data per point:
             r ≤ (‖∇J₋ᵢ(θ̂) + H₋ᵢΔ‖ + ½ Δᵀ[(t/n) Σⱼ wⱼ‖Aⱼ‖AⱼᵀAⱼ]Δ)/μ.
         For Δ = (wᵢ/n)H₋ᵢ⁻¹gᵢ the first norm is at most ‖∇J(θ̂)‖ plus the residual of the solve,
@@ -41,10 +42,13 @@ PROOF
         are the cumulants. Explicitly ∂p_c/∂z in direction u is p_c(u_c − ū), ū = Σp_cu_c, so
             D logsumexp[u] = ū,   D²[u, u] = Σ p_c(u_c − ū)²,
             D³[u, u, v] = Σ p_c(v_c − v̄)(u_c − ū)² − 2Σ p_c(u_c − ū) Dū[v] = E[(u − ū)²(v − v̄)],
-        the middle sum being 0 as E[u − ū] = 0. |v_c − v̄| = |(e_c − p)ᵀv| ≤ √2‖v‖ by (b), and
-        E[(u − ū)²] = uᵀ(diag p − ppᵀ)u ≤ ½‖u‖² by (b). The product is √2·½ = 1/√2.
-        Sigmoid: σ'' = σ(1 − σ)(1 − 2σ); the extremum of s(1 − s)(1 − 2s) solves 6s² − 6s + 1 = 0,
-        s = ½ ± 1/(2√3), of size 1/(6√3).
+        the middle sum being 0 as E[u − ū] = 0. A symmetric trilinear form has its largest value on
+        the unit ball at equal arguments (Banach), so that E[(u − ū)³], ‖u‖ = 1, is to be bounded.
+        Hold the numbers u and their mean ū fixed: this is linear in p, and so are the constraints
+        Σp_c = 1 and Σp_cu_c = ū, so a maximum stands at an extreme point, which has at most two
+        classes. With weights s, 1 − s and a distance d = |u_a − u_b| ≤ √2 it is d³s(1 − s)(1 − 2s).
+        The extremum of s(1 − s)(1 − 2s) solves 6s² − 6s + 1 = 0, s = ½ ± 1/(2√3), of size 1/(6√3);
+        √2³/(6√3) = √(2/27). Sigmoid: σ'' = σ(1 − σ)(1 − 2σ), the same extremum.
     (d) Taylor with integral remainder: ∇J₋ᵢ(θ̂ + Δ) = ∇J₋ᵢ(θ̂) + H₋ᵢΔ + ∫₀¹ (1 − s) D³J₋ᵢ(θ̂ +
         sΔ)[Δ, Δ, ·] ds. For a unit vector v, z affine: |D³J₋ᵢ[Δ, Δ, v]| ≤ (1/n) Σ_{j≠i} wⱼ t
         ‖AⱼΔ‖²‖Aⱼv‖ ≤ (t/n) Σⱼ wⱼ ‖Aⱼ‖ ΔᵀAⱼᵀAⱼΔ, Ω contributing nothing; ∫(1 − s)ds = ½. Apply (a).

@@ -343,8 +343,7 @@ WORST = {  # outputs and targets at which ‖∇ℓ‖, ‖∇²ℓ‖ and D³�
 
 @pytest.mark.parametrize("name", WORST)
 def test_constants_are_attained(name):
-    """Lipschitz and smoothness are the least bounds; `third` is within a factor of 2.7 of it, and the
-    least for binary outputs."""
+    """Lipschitz, smoothness and third are the least bounds."""
     steep, curved, bent, target = WORST[name]
     bounds = TABLE[name].loss.constants(shape_of(name))
     direction = np.zeros(steep.shape)
@@ -356,8 +355,7 @@ def test_constants_are_attained(name):
     at = lambda output: figures(name, output, target, direction, direction)
     assert at(steep)[0] == pytest.approx(bounds.lipschitz, rel=1e-12)
     assert at(curved)[1] == pytest.approx(bounds.smoothness, rel=1e-12)
-    sharp = 1.0 if "binary" in name else 2.7
-    assert bounds.third / sharp <= at(bent)[2] * (1 + 1e-12)
+    assert at(bent)[2] == pytest.approx(bounds.third, rel=1e-9)
 
 
 def test_the_squared_error_is_quadratic():
