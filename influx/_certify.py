@@ -1,6 +1,7 @@
 """Enclosures of what retraining would give, without retraining (theory: P11)."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Literal
 
 import equinox as eqx
@@ -98,6 +99,12 @@ def certify(
         class_logits_shape(f.risk, f.model)
         return _own_margins(f, indices, tier, refine)
     f.measurement.check(f.risk, f.model, queries)
+    example = eqx.filter_eval_shape(f.measurement, f.risk, f.model, take(queries, 0))
+    if mean and example.shape:
+        raise ValueError(
+            f"`mean=True` takes the mean of one number a query, and this measurement has "
+            f"{example.shape}. Choose a class: `classification(f, kind, class_=0)`."
+        )
     jacobian = output_jacobian(f.risk, f.model, queries[0])
     return _changes(f, queries, jacobian, indices, tier, refine, mean)
 
@@ -105,7 +112,7 @@ def certify(
 def _check(f: Influence, tier: int, refine: int) -> None:
     if tier not in (1, 2):
         raise ValueError(f"`tier` must be 1 or 2, got {tier!r}.")
-    if refine < 0 or (tier == 2 and refine > 0):
+    if not isinstance(refine, Integral) or refine < 0 or (tier == 2 and refine > 0):
         raise ValueError(
             f"`refine` counts chord steps, 0 or more, and each evaluates a gradient, which tier 2 "
             f"never does; got refine={refine} at tier={tier}. Use tier=1."

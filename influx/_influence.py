@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._curvature import AbstractCurvature, Hessian
+from ._curvature import AbstractCurvature, Hessian, check_curvature
 from ._custom_types import Model, Scores
 from ._effect import AbstractEffect, Derivative
 from ._measurement import AbstractMeasurement, Loss
@@ -86,11 +86,7 @@ def influence(
     **Source:** Koh & Liang, "Understanding Black-box Predictions via Influence Functions",
     arXiv:1703.04730 (their I_up,loss); Kounavis, Dia & Ramazanli, arXiv:2305.16094.
     """
-    if not isinstance(curvature, AbstractCurvature):
-        raise ValueError(
-            f"`curvature` must be a curvature such as influx.Hessian(), got {curvature!r}. "
-            "Mind the parentheses: Hessian(), not Hessian."
-        )
+    check_curvature(curvature)
     check_chunk(chunk_size)
     validate(risk, model)
     response = Implicit(risk, model, curvature, chunk_size=chunk_size)

@@ -1,3 +1,5 @@
+from numbers import Integral
+
 import equinox as eqx
 import jax
 import jax.core
@@ -42,8 +44,10 @@ def take(tree: PyTree, indices) -> PyTree:
 
 
 def check_chunk(chunk_size: int | None) -> None:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}. None chooses one.")
+    if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
+        raise ValueError(
+            f"`chunk_size` must be a whole number, at least 1, got {chunk_size!r}. None chooses one."
+        )
 
 
 def chunk_length(row_items: int, dtype, chunk_size: int | None = None) -> int:

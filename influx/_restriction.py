@@ -58,6 +58,10 @@ def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[Empirical
             "`where` selects nothing that holds parameters. Select a layer or an array, "
             "e.g. `lambda m: m.layers[-1]` or `lambda m: m.layers[-1].weight`."
         )
+    leaves, structure = jtu.tree_flatten(params)
+    chosen = jtu.tree_leaves(where(jtu.tree_unflatten(structure, range(len(leaves)))))
+    if len(set(chosen)) < len(chosen):
+        raise ValueError("`where` selects a parameter twice. Name each layer or array once.")
     small = EmpiricalRisk(
         risk.data,
         risk.loss,

@@ -1,6 +1,7 @@
 """How far a restricted influence can be from the full one, without a solve in the full space (P9)."""
 
 from collections.abc import Callable
+from numbers import Integral
 
 import equinox as eqx
 import jax
@@ -69,8 +70,8 @@ def restriction_bound(
     **Source:** P9 of this project; the quadrature is Golub & Meurant, "Matrices, Moments and
     Quadrature with Applications" (2010).
     """
-    if steps < 1:
-        raise ValueError(f"`steps` must be at least 1, got {steps}.")
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"`steps` must be a whole number, at least 1, got {steps!r}.")
     plain = isinstance(f.scale, Unscaled) and isinstance(f.effect, Derivative) and f.masks is None
     if not plain:
         raise ValueError(

@@ -405,6 +405,39 @@ SETTINGS = {
     "damping negative": (lambda: ix.Hessian(damping=-1.0), "at least 0, got -1.0", "damping=0."),
     "damping NaN": (lambda: ix.GaussNewton(damping=np.nan), "at least 0, got nan", "1e-3"),
     "damping string": (lambda: ix.Identity(damping="auto"), "one number, got 'auto'", "`damping`"),
+    "curvature in CG": (lambda: ix.CG("a"), "a curvature such as.*got 'a'", "Mind the parentheses"),
+    "curvature in blocks": (
+        lambda: ix.BlockDiagonal(ix.Hessian),
+        "got <class",
+        r"Hessian\(\), not",
+    ),
+    "curvature in a diagonal": (lambda: ix.Diagonal(3), "got 3", r"Hessian\(\), not"),
+    "Fisher key number": (lambda: ix.Fisher("sampled", key=0), "got 0", r"jax\.random\.key\(0\)"),
+    "Fisher draws": (
+        lambda: ix.Fisher("sampled", key=jr.key(0), draws=1.5),
+        "`draws`.*got 1.5",
+        "a whole number, at least 1",
+    ),
+    "rtol": (
+        lambda: ix.influence(risk(), linear_model(), ix.CG(ix.Hessian(), rtol=np.nan)),
+        "`rtol`.*got nan",
+        "such as 1e-10",
+    ),
+    "chunk size": (
+        lambda: ix.influence(risk(), linear_model(), chunk_size=2.5),
+        "`chunk_size`.*got 2.5",
+        "None chooses one",
+    ),
+    "trainer class": (
+        lambda: ix.fit(risk(), linear_model(), ix.Newton),
+        "got <class",
+        r"Newton\(\)",
+    ),
+    "optax in fit": (
+        lambda: ix.fit(risk(), linear_model(), optax.sgd(0.1)),
+        "must be a trainer",
+        r"influx\.SGD",
+    ),
     "Fisher kind": (lambda: ix.Fisher("true"), "got 'true'", '"exact", "sampled" or "empirical"'),
     "Fisher key": (lambda: ix.Fisher("sampled"), "draws labels", r"key=jax\.random\.key\(0\)"),
     "smoothing": (
@@ -752,6 +785,26 @@ VERBS = {
     ),
     "tier": (lambda w: ix.certify(w.f, tier=3), "got 3", "1 or 2"),
     "refine": (lambda w: ix.certify(w.f, tier=2, refine=1), "refine=1 at tier=2", "Use tier=1"),
+    "certify mean of classes": (
+        lambda w: ix.certify(ix.classification(w.f, "probability"), (Xq, yq), mean=True),
+        r"this measurement has \(3,\)",
+        "class_=0",
+    ),
+    "bound of a removal": (
+        lambda w: ix.restriction_bound(w.first, lambda m: m.bias, (Xq, yq)),
+        "encloses plain influence",
+        "without `relative`, `removal` or `groups`",
+    ),
+    "bound fraction of steps": (
+        lambda w: ix.restriction_bound(w.f, lambda m: m.bias, (Xq, yq), steps=2.5),
+        "`steps`.*got 2.5",
+        "a whole number, at least 1",
+    ),
+    "restrict twice": (
+        lambda w: ix.restrict(risk(), w.model, lambda m: (m.bias, m.bias)),
+        "a parameter twice",
+        "Name each",
+    ),
     "certify index": (lambda w: ix.certify(w.f, indices=[N]), r"got \[12\]", "between 0 and 11"),
     "certify mean": (lambda w: ix.certify(w.f, mean=True), "averages over queries", "pass them"),
 }
@@ -816,12 +869,12 @@ COMBINATIONS = {
     "bound of a relative": (
         lambda w: ix.restriction_bound(w.relative, lambda m: m.bias, (Xq, yq)),
         "encloses plain influence",
-        "without `relative` or `groups`",
+        "without `relative`, `removal` or `groups`",
     ),
     "bound of groups": (
         lambda w: ix.restriction_bound(w.groups, lambda m: m.bias, (Xq, yq)),
         "encloses plain influence",
-        "without `relative` or `groups`",
+        "without `relative`, `removal` or `groups`",
     ),
     "certify a relative": (
         lambda w: ix.certify(w.relative, (Xq, yq)),

@@ -2,6 +2,7 @@ from .base import AbstractCurvature as AbstractCurvature
 from .base import AbstractFactored as AbstractFactored
 from .base import AbstractMatrixCurvature as AbstractMatrixCurvature
 from .base import Factored as Factored
+from .base import check_curvature as check_curvature
 from .block import BlockDiagonal as BlockDiagonal
 from .diagonal import Diagonal as Diagonal
 from .fisher import Fisher as Fisher

@@ -130,6 +130,15 @@ class AbstractCurvature(eqx.Module):
         `None` where they are not one array."""
 
 
+def check_curvature(curvature) -> AbstractCurvature:
+    if not isinstance(curvature, AbstractCurvature):
+        raise ValueError(
+            f"`curvature` must be a curvature such as influx.Hessian(), got {curvature!r}. "
+            "Mind the parentheses: Hessian(), not Hessian."
+        )
+    return curvature
+
+
 class AbstractMatrixCurvature(AbstractCurvature):
     """A curvature that is a dense [P, P] matrix: O(P²) memory, one Cholesky factor of O(P³)."""
 

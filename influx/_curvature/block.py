@@ -11,7 +11,7 @@ from jaxtyping import Int
 from .._custom_types import Model
 from .._misc import ravel
 from .._restriction import restrict
-from .base import AbstractCurvature, AbstractFactored
+from .base import AbstractCurvature, AbstractFactored, check_curvature
 from .hessian import Hessian
 
 
@@ -23,7 +23,7 @@ class BlockDiagonal(AbstractCurvature):
     Σ P_b² in place of P².
     """
 
-    curvature: AbstractCurvature = Hessian()
+    curvature: AbstractCurvature = eqx.field(default=Hessian(), converter=check_curvature)
 
     @property
     def damping(self) -> float:

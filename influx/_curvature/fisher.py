@@ -1,3 +1,4 @@
+from numbers import Integral
 from typing import Literal
 
 import equinox as eqx
@@ -42,8 +43,10 @@ class Fisher(AbstractMatrixCurvature):
             )
         if kind == "sampled" and key is None:
             raise ValueError('Fisher("sampled") draws labels: give it `key=jax.random.key(0)`.')
-        if draws < 1:
-            raise ValueError(f"`draws` must be at least 1, got {draws}.")
+        if key is not None and not hasattr(key, "dtype"):
+            raise ValueError(f"`key` must be a random key such as jax.random.key(0), got {key!r}.")
+        if not isinstance(draws, Integral) or draws < 1:
+            raise ValueError(f"`draws` must be a whole number, at least 1, got {draws!r}.")
         self.kind, self.damping, self.key, self.draws = kind, damping, key, draws
 
     def matvec(self, risk, model):

@@ -4,11 +4,12 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
+import numpy as np
 
 from .._misc import is_concrete, ravel
 from .._solver.bounds import lanczos
 from .._solver.minres import MINRES as MinresSolver
-from .base import AbstractCurvature, AbstractFactored, Factored, flat_structure
+from .base import AbstractCurvature, AbstractFactored, Factored, check_curvature, flat_structure
 
 
 class CG(AbstractCurvature):
@@ -28,7 +29,7 @@ class CG(AbstractCurvature):
     optimization" (2010).
     """
 
-    curvature: AbstractCurvature
+    curvature: AbstractCurvature = eqx.field(converter=check_curvature)
     rtol: float = eqx.field(default=1e-10, kw_only=True)
     max_steps: int | None = eqx.field(static=True, default=None, kw_only=True)
 
@@ -40,7 +41,7 @@ class CG(AbstractCurvature):
         return self.curvature.matvec(risk, model)
 
     def factor(self, risk, model):
-        _check_steps(self.max_steps)
+        _check_settings(self.rtol, self.max_steps)
         operator = _operator(self.curvature, risk, model)
         if is_concrete((risk, model)):
             _check_ritz(operator, model)
@@ -62,7 +63,7 @@ class MINRES(AbstractCurvature):
     **Source:** Paige & Saunders, "Solution of sparse indefinite systems of linear equations" (1975).
     """
 
-    curvature: AbstractCurvature
+    curvature: AbstractCurvature = eqx.field(converter=check_curvature)
     rtol: float = eqx.field(default=1e-10, kw_only=True)
     max_steps: int | None = eqx.field(static=True, default=None, kw_only=True)
 
@@ -74,7 +75,7 @@ class MINRES(AbstractCurvature):
         return self.curvature.matvec(risk, model)
 
     def factor(self, risk, model):
-        _check_steps(self.max_steps)
+        _check_settings(self.rtol, self.max_steps)
         steps = 10 * flat_structure(model).size if self.max_steps is None else self.max_steps
         solver = MinresSolver(rtol=0.0, atol=self.rtol, max_steps=steps)
         return Normalised(Factored(_operator(self.curvature, risk, model), solver))
@@ -117,7 +118,9 @@ def _operator(curvature: AbstractCurvature, risk, model) -> lx.FunctionLinearOpe
     return lx.FunctionLinearOperator(damped, flat_structure(model), tags)
 
 
-def _check_steps(max_steps: int | None) -> None:
+def _check_settings(rtol: float, max_steps: int | None) -> None:
+    if not (np.isfinite(rtol) and rtol > 0):
+        raise ValueError(f"`rtol` must be a positive number such as 1e-10, got {rtol}.")
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"`max_steps` must be at least 1, got {max_steps}. Use None for 10·P.")
 

@@ -113,3 +113,11 @@ def minimising_remedies(tolerance: float, max_steps: int) -> str:
 
 def norm(v: Float[Array, " P"]) -> Float[Array, ""]:
     return jnp.linalg.norm(v)
+
+
+def check_trainer(trainer) -> None:
+    if not isinstance(trainer, AbstractTrainer):
+        raise ValueError(
+            f"`trainer` must be a trainer such as influx.Newton(), got {trainer!r}. Mind the "
+            "parentheses: Newton(), not Newton. An optax optimiser goes into influx.SGD(...)."
+        )

@@ -2,7 +2,7 @@ import equinox as eqx
 
 from .._custom_types import Model
 from .._risk import EmpiricalRisk, validate
-from .base import AbstractTrainer, Trained
+from .base import AbstractTrainer, Trained, check_trainer
 
 
 def fit(risk: EmpiricalRisk, model: Model, trainer: AbstractTrainer) -> Model:
@@ -18,6 +18,7 @@ def fit(risk: EmpiricalRisk, model: Model, trainer: AbstractTrainer) -> Model:
     **Raises:** `ValueError` where risk, model and trainer do not fit together; `RuntimeError` where
     the trainer did not converge, with the gradient norm it reached and what to change.
     """
+    check_trainer(trainer)
     validate(risk, model)
     trained_model, trained = _fit(risk, model, trainer)
     if not bool(trained.converged):

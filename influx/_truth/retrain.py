@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Model
 from .._misc import check_chunk, chunk_length, chunked_map, leading_length, ravel, take
-from .._train import AbstractTrainer, Trained
+from .._train import AbstractTrainer, Trained, check_trainer
 from .._train.base import Objective
 
 # Beyond this many at once nothing is gained: the matrix products are large enough.
@@ -106,11 +106,7 @@ def _program(trainer, risk, model, weigh, lanes, typical, outcome, chunk):
 def check_settings(trainer, outcome, chunk_size: int | None) -> None:
     """What every retraining verb takes besides its points."""
     check_chunk(chunk_size)
-    if not isinstance(trainer, AbstractTrainer):
-        raise ValueError(
-            f"`trainer` must be a trainer such as influx.Newton(), got {trainer!r}. "
-            "Mind the parentheses: Newton(), not Newton."
-        )
+    check_trainer(trainer)
     if outcome is not None and not callable(outcome):
         raise ValueError(
             f"`outcome` must be a function of the retrained model, got {outcome!r}. "
