@@ -75,9 +75,9 @@ class LossConstants(eqx.Module):
     Every loss that answers is convex in its output.
     """
 
-    lipschitz: float
-    smoothness: float
-    third: float
+    lipschitz: float | Float[Array, ""]
+    smoothness: float | Float[Array, ""]
+    third: float | Float[Array, ""]
     hard: bool
 
 
@@ -181,12 +181,12 @@ class SoftmaxCrossEntropy(AbstractLoss):
         # of values at most √2‖u‖ apart, so t = √2³/(6√3) (P11).
         if self.reduction == "mean":
             raise ValueError("No certificate for a loss averaged over a sequence.")
-        top = 1.0 if self.class_weights is None else float(jnp.max(self.class_weights))
+        top = 1.0 if self.class_weights is None else jnp.max(self.class_weights)
         positions = int(np.prod(output.shape[:-1]))
         return LossConstants(
-            lipschitz=np.sqrt(2.0 * positions) * top,
+            lipschitz=top * float(np.sqrt(2.0 * positions)),
             smoothness=0.5 * top,
-            third=top * np.sqrt(2.0 / 27.0),
+            third=top * float(np.sqrt(2.0 / 27.0)),
             hard=float(self.label_smoothing) == 0.0,
         )
 

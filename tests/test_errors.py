@@ -416,7 +416,7 @@ SETTINGS = {
     "Fisher draws": (
         lambda: ix.Fisher("sampled", key=jr.key(0), draws=1.5),
         "`draws`.*got 1.5",
-        "a whole number, at least 1",
+        "at least 1, a whole number",
     ),
     "rtol": (
         lambda: ix.influence(risk(), linear_model(), ix.CG(ix.Hessian(), rtol=np.nan)),

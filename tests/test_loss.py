@@ -353,9 +353,9 @@ def test_constants_are_attained(name):
         direction.reshape(-1, steep.shape[-1])[0, :2] = 1.0, -1.0
     direction = direction.reshape(-1)
     at = lambda output: figures(name, output, target, direction, direction)
-    assert at(steep)[0] == pytest.approx(bounds.lipschitz, rel=1e-12)
-    assert at(curved)[1] == pytest.approx(bounds.smoothness, rel=1e-12)
-    assert at(bent)[2] == pytest.approx(bounds.third, rel=1e-9)
+    assert at(steep)[0] == pytest.approx(float(bounds.lipschitz), rel=1e-12)
+    assert at(curved)[1] == pytest.approx(float(bounds.smoothness), rel=1e-12)
+    assert at(bent)[2] == pytest.approx(float(bounds.third), rel=1e-9)
 
 
 def test_the_squared_error_is_quadratic():

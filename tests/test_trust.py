@@ -1,7 +1,9 @@
 """`diagnose` names the cause, and `testing.check` breaks on a broken loss."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 
@@ -94,3 +96,60 @@ def test_certificates_contain_retraining_for_vector_measurements():
         got = ix.certify(f, queries, tier=tier)
         assert got.lower.shape == change.shape
         assert bool(jnp.all((got.lower <= change + 1e-11) & (change <= got.upper + 1e-11)))
+
+
+def awkward(name: str):
+    """A risk and model at which an enclosure is easily lost: (risk, model)."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 4))
+    y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 0.8)
+    weights = rng.choice([0.0, 1.0, 5.0], 40)
+    plain = ix.SoftmaxCrossEntropy()
+    separable = (x[:, 0] > 0).astype(int) + (x[:, 0] > 0.8)
+    outlier = np.where(np.arange(40)[:, None] == 3, 50 * x, x)
+    risks = {
+        "weights": ix.EmpiricalRisk((x, y), plain, l2=1e-2, weights=weights),
+        "class weights": ix.EmpiricalRisk(
+            (x, y), ix.SoftmaxCrossEntropy(class_weights=[0.2, 3.0, 1.0]), l2=1e-2, weights=weights
+        ),
+        "smoothing": ix.EmpiricalRisk((x, y), ix.SoftmaxCrossEntropy(label_smoothing=0.3), l2=1e-2),
+        "separable": ix.EmpiricalRisk((x, separable), plain, l2=1e-6),
+        "outlier": ix.EmpiricalRisk((outlier, y), plain, l2=1e-2),
+        "binary": ix.EmpiricalRisk(
+            (x, (y > 0)[:, None].astype(int)), ix.BinaryCrossEntropy(), l2=1e-3, weights=weights
+        ),
+        "half trained": ix.EmpiricalRisk((x, y), plain, l2=1e-2),
+        "damped": ix.EmpiricalRisk((x, y), plain, l2=1e-2),
+    }
+    outputs = 1 if name == "binary" else 3
+    start = eqx.nn.Linear(4, outputs, key=jr.key(0))
+    tolerance = 1e-3 if name == "half trained" else 1e-10
+    return risks[name], ix.fit(risks[name], start, ix.Newton(tolerance=tolerance))
+
+
+AWKWARD = "weights, class weights, smoothing, separable, outlier, binary, half trained, damped"
+
+
+@pytest.mark.parametrize("name", AWKWARD.split(", "))
+def test_certificates_contain_the_retrained_margins(name):
+    risk, model = awkward(name)
+    f = ix.influence(risk, model, ix.Hessian(damping=0.1 if name == "damped" else 0.0))
+
+    def margins(whole):
+        logits = jax.vmap(lambda x: risk.loss.class_logits(whole(x)))(risk.data[0])
+        own = jnp.take_along_axis(logits, risk.data[1].reshape(-1, 1), axis=1)[:, 0]
+        others = jnp.arange(logits.shape[1])[None] != risk.data[1].reshape(-1, 1)
+        return own - jax.nn.logsumexp(logits, axis=1, where=others)
+
+    trainer = ix.Newton(tolerance=1e-12)
+    truth = jnp.diagonal(ix.leave_one_out(risk, model, trainer, outcome=margins))
+    # The truth itself is known up to ‖∇J₋ᵢ‖/μ, times the Lipschitz constant of a margin.
+    lengths = jnp.sqrt(2 + 2 * jnp.sum(jnp.square(risk.data[0]), axis=1))
+    slack = 1e-12 / float(jnp.min(risk.l2_vector(model))) * lengths
+    for tier, refine in ((1, 0), (1, 1), (2, 0)):
+        got = ix.certify(f, tier=tier, refine=refine)
+        assert bool(jnp.all((got.lower - slack <= truth) & (truth <= got.upper + slack)))
+        wrong = got.certified & (
+            got.label != jnp.where(margins(model) <= 0, 2, (truth <= 0).astype(int))
+        )
+        assert name == "half trained" or not bool(jnp.any(wrong))

@@ -46,7 +46,7 @@ class Fisher(AbstractMatrixCurvature):
         if key is not None and not hasattr(key, "dtype"):
             raise ValueError(f"`key` must be a random key such as jax.random.key(0), got {key!r}.")
         if not isinstance(draws, Integral) or draws < 1:
-            raise ValueError(f"`draws` must be a whole number, at least 1, got {draws!r}.")
+            raise ValueError(f"`draws` must be at least 1, a whole number; got {draws!r}.")
         self.kind, self.damping, self.key, self.draws = kind, damping, key, draws
 
     def matvec(self, risk, model):
