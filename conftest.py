@@ -1,8 +1,11 @@
 """Numerics and Hypothesis profiles shared by `tests` and `proofs_checks`."""
 
+import itertools
 import os
+from pathlib import Path
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_enable_x64", True)
@@ -16,3 +19,14 @@ settings.register_profile("dev", max_examples=10, **_quiet)
 settings.register_profile("ci", max_examples=10, derandomize=True, print_blob=True, **_quiet)
 settings.register_profile("deep", max_examples=300, **_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+# Every compiled program maps memory. Linux allows a process 65,530 maps, and XLA crashes beyond.
+_MAPS, _MOST = Path("/proc/self/maps"), 30_000
+_test = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    yield
+    if next(_test) % 8 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST:
+        jax.clear_caches()
