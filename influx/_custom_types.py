@@ -7,6 +7,7 @@ measurement, C classes, K outputs of a model on one input, P parameters.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 Model = PyTree[Any]
@@ -17,6 +18,12 @@ Example = PyTree[Array]
 
 Scores = Float[Array, "..."]
 """Influence values: [m, n], or [m, c, n] for vector measurements."""
+
+Scalar = Array | np.ndarray
+"""One number held as an array, so that programs are compiled for any value of it."""
+
+ScalarLike = float | Scalar
+"""One number, as a user writes it."""
 
 Where = Callable[[Any], Any]
 """Selects part of a model, as in `equinox.tree_at`."""

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import Array, Bool
 
 from ._curvature import AbstractFactored
 from ._gradients import map_gradients, risk_gradient
@@ -96,10 +97,14 @@ def _finding(name, figure, verdict, means, remedy) -> Finding:
     return Finding(name, figure, verdict, means, "" if verdict == "good" else remedy)
 
 
+@eqx.filter_jit
+def _is_finite(f: Influence) -> Bool[Array, " n"]:
+    norms = map_gradients(lambda _, g: jnp.linalg.norm(g), f.risk, f.model)
+    return jnp.isfinite(f.risk.losses(f.model)) & jnp.isfinite(norms)
+
+
 def _finite(f: Influence) -> Finding:
-    losses = eqx.filter_jit(f.risk.losses)(f.model)
-    norms = eqx.filter_jit(map_gradients)(lambda _, g: jnp.linalg.norm(g), f.risk, f.model)
-    bad = np.flatnonzero(~np.isfinite(np.asarray(losses)) | ~np.isfinite(np.asarray(norms)))
+    bad = np.flatnonzero(~np.asarray(_is_finite(f)))
     return _finding(
         "finite",
         f"{bad.size} of {f.risk.n} examples",
@@ -141,16 +146,20 @@ def _measure(f: Influence) -> dict:
 
 def _extremes(f: Influence, factored: AbstractFactored) -> tuple[float, float]:
     """The extreme eigenvalues of H + λI: exactly where it is dense, else the extreme Ritz values."""
-    theta, _ = ravel(f.model)
-    if factored.is_matrix:
-        matrix = jax.vmap(factored.matvec)(jnp.eye(theta.size, dtype=theta.dtype))
-        values = np.linalg.eigvalsh(np.asarray(matrix))
+    if factored.matrix is not None:
+        values = np.linalg.eigvalsh(np.asarray(factored.matrix))
         return float(values[0]), float(values[-1])
-    start = jr.normal(jr.key(1), theta.shape, theta.dtype)
-    _, alpha, beta = eqx.filter_jit(lanczos)(factored.matvec, start, min(40, theta.size))
+    _, alpha, beta = _lanczos(f, factored)
     off = np.diag(np.asarray(beta)[:-1], 1)
     values = np.linalg.eigvalsh(np.diag(np.asarray(alpha)) + off + off.T)
     return float(values[0]), float(values[-1])
+
+
+@eqx.filter_jit
+def _lanczos(f: Influence, factored: AbstractFactored):
+    theta, _ = ravel(f.model)
+    start = jr.normal(jr.key(1), theta.shape, theta.dtype)
+    return lanczos(factored.matvec, start, min(40, theta.size))
 
 
 def _stationarity(state: dict) -> Finding:

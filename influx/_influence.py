@@ -22,14 +22,11 @@ class Influence(eqx.Module):
     curvature. A pytree: it may be saved, donated and passed through `eqx.filter_jit`.
     """
 
-    risk: EmpiricalRisk
-    model: Model
     response: AbstractResponse
     measurement: AbstractMeasurement
     scale: AbstractScale
     effect: AbstractEffect
     masks: Float[Array, "k n"] | None
-    chunk_size: int | None = eqx.field(static=True)
 
     def __call__(self, queries: PyTree[Array]) -> Scores:
         """Scores of all pairs.
@@ -45,6 +42,16 @@ class Influence(eqx.Module):
         """
         self.measurement.check(self.risk, self.model, queries)
         return _scores(self, queries)
+
+    @property
+    def risk(self) -> EmpiricalRisk:
+        """What was trained."""
+        return self.response.risk
+
+    @property
+    def model(self) -> Model:
+        """Its minimiser θ̂."""
+        return self.response.model
 
     @property
     def undefined(self) -> Bool[Array, " n"]:
@@ -90,7 +97,7 @@ def influence(
     check_chunk(chunk_size)
     validate(risk, model)
     response = Implicit(risk, model, curvature, chunk_size=chunk_size)
-    return Influence(risk, model, response, Loss(), Unscaled(), Derivative(), None, chunk_size)
+    return Influence(response, Loss(), Unscaled(), Derivative(), None)
 
 
 @eqx.filter_jit

@@ -20,6 +20,7 @@ from ._misc import (
     einsum,
     is_concrete,
     leading_length,
+    map_blocks,
     ravel,
     take,
 )
@@ -234,6 +235,9 @@ class HeadJacobian(AbstractJacobian):
     def _shape(self) -> tuple[int, int]:
         return self.outputs, self.features.shape[1]
 
+    def _chunk(self) -> int:
+        return chunk_length(2 * self.outputs * self.features.shape[1], self.features.dtype)
+
     def _split(self, v: Float[Array, "*b P"]) -> Float[Array, "*b K d"]:
         """The parameters of each output, from the flat vectors."""
         ends = self.outputs * np.cumsum(self.widths)
@@ -247,12 +251,16 @@ class HeadJacobian(AbstractJacobian):
         return jnp.concatenate([x.reshape(*rows.shape[:-2], -1) for x in leaves], axis=-1)
 
     def gram(self, middle):
-        x, K, d = self.features, *self._shape
+        K, d = self._shape
 
-        def row(s):  # s = S[:, k, :], so that row k of blocks is one matrix product
-            return dot((s[:, :, None] * x[:, None, :]).reshape(-1, K * d).T, x)
+        def block(args):
+            x, S = args
+            # For each k one matrix product, (S[:, k, :] ⊗ x)ᵀ x.
+            row = lambda s: dot((s[:, :, None] * x[:, None, :]).reshape(-1, K * d).T, x)
+            return jax.lax.map(row, jnp.moveaxis(S, 1, 0))
 
-        blocks = jax.lax.map(row, jnp.moveaxis(middle, 1, 0)).reshape(K, K, d, d)
+        total = chunked_sum(block, (self.features, middle), self._chunk())
+        blocks = total.reshape(K, K, d, d)
         half = self._join(jnp.transpose(blocks, (0, 2, 1, 3)))  # [K, d, P]
         return self._join(jnp.moveaxis(half, 2, 0)).T
 
@@ -261,11 +269,16 @@ class HeadJacobian(AbstractJacobian):
         half = self._split(matrix.T)  # [P, K, d]
         blocks = self._split(jnp.moveaxis(half, 0, 2))  # [K, d, K, d]
 
-        def row(block):  # block = M[k, :, :, :]
-            left = dot(self.features, block.reshape(d, K * d)).reshape(-1, K, d)
-            return einsum("nld,nd->nl", left, self.features)
+        def block(places):
+            x = self.features[places]
 
-        return jnp.moveaxis(jax.lax.map(row, blocks), 0, 1)
+            def row(part):  # part = M[k, :, :, :]
+                left = dot(x, part.reshape(d, K * d)).reshape(-1, K, d)
+                return einsum("nld,nd->nl", left, x)
+
+            return jnp.moveaxis(jax.lax.map(row, blocks), 0, 1)
+
+        return map_blocks(block, self.examples, self._chunk())
 
     def outer(self):
         square = jnp.sum(jnp.square(self.features), axis=1)

@@ -26,7 +26,11 @@ class AbstractLoss(eqx.Module):
     hessian = jax.hessian(lambda o: loss(o.reshape(output.shape), target))(output.reshape(-1))
     assert loss.output_hessian(output, target) == hessian          # [K, K]
     ```
+
+    `convex`: whether ℓ is known to be convex in its output.
     """
+
+    convex: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def __call__(self, output: PyTree[Array], target: PyTree[Array]) -> Float[Array, ""]:
@@ -71,8 +75,6 @@ class LossConstants(eqx.Module):
     - `smoothness`: ‖∇²ℓ‖₂
     - `third`: the least known t with |D³ℓ[u, u, v]| ≤ t ‖u‖²‖v‖
     - `hard`: targets are single classes, so that P3's corollary γᵢ(θ̂₋ᵢ) ≤ γᵢ(θ̂) holds
-
-    Every loss that answers is convex in its output.
     """
 
     lipschitz: float | Float[Array, ""]
@@ -126,6 +128,10 @@ class SoftmaxCrossEntropy(AbstractLoss):
         )
         self.label_smoothing = label_smoothing
         self.reduction = reduction
+
+    @property
+    def convex(self):
+        return True
 
     def _weight(self, target: Int[Array, "..."], dtype) -> Array:
         if self.class_weights is None:
@@ -225,6 +231,10 @@ class BinaryCrossEntropy(AbstractLoss):
     outputs are independent yes/no labels, and their losses are summed.
     """
 
+    @property
+    def convex(self):
+        return True
+
     def __call__(self, output, target):
         return jnp.sum(jnn.softplus(output) - target.astype(output.dtype) * output)
 
@@ -281,6 +291,10 @@ class SquaredError(AbstractLoss):
     Hessian and Fisher are the identity.
     """
 
+    @property
+    def convex(self):
+        return True
+
     def __call__(self, output, target):
         return 0.5 * jnp.sum(jnp.square(output - target))
 
@@ -322,13 +336,16 @@ class CustomLoss(AbstractLoss):
       sampled Fisher is wanted.
     - `logits`: `logits(output) -> [C]`, where the model is a classifier and margins are wanted.
 
-    The output Hessian is `jax.hessian(fn)`; the Gauss–Newton matrix is positive semi-definite only
-    where `fn` is convex in its output.
+    - `convex`: that `fn` is convex in its output is for you to say. The Gauss–Newton matrix is then
+      positive semi-definite, which `restriction_bound` needs to know.
+
+    The output Hessian is `jax.hessian(fn)`.
     """
 
     fn: Callable[[Any, Any], Array]
     sample: Callable | None = None
     logits: Callable | None = None
+    convex: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         wanted = {"fn": "(output, target)", "sample": "(key, output)", "logits": "(output)"}

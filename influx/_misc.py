@@ -9,7 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ._custom_types import Model
+from ._custom_types import Model, Scalar, ScalarLike
 
 # Temporaries of one chunk are kept near this size. Results do not depend on it (a law under test).
 BYTE_BUDGET = 256 * 2**20
@@ -93,10 +93,10 @@ def map_blocks(fn, n: int, chunk: int) -> PyTree:
     return jtu.tree_map(lambda x: x.reshape(count * size, *x.shape[2:])[:n], blocks)
 
 
-def check_damping(damping):
-    """A damping λ is a number at least zero."""
+def check_damping(damping: ScalarLike) -> Scalar:
+    """A damping λ, a number at least zero, as an array: another λ is then no other program."""
     if not is_concrete(damping):
-        return damping
+        return jnp.asarray(damping)
     if not np.issubdtype(np.asarray(damping).dtype, np.number) or np.ndim(damping) != 0:
         raise ValueError(f"`damping` must be one number, got {damping!r}.")
     if not np.isfinite(damping) or damping < 0:
@@ -104,7 +104,7 @@ def check_damping(damping):
             f"`damping` is λ in (H + λI) and must be at least 0, got {damping}. "
             "Use damping=0. for the plain inverse, or a positive number such as 1e-3."
         )
-    return damping
+    return damping if isinstance(damping, jax.Array) else np.asarray(damping, float)
 
 
 def dot(a: Array, b: Array) -> Array:

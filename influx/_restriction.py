@@ -5,20 +5,52 @@ from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Int
 
 from ._custom_types import Model, Where
 from ._risk import EmpiricalRisk, l2_tree, validate
 
 
 class Whole(eqx.Module):
-    """Puts a part back into the model it was taken from, whose other leaves stay frozen."""
+    """Puts a part back into the model it was taken from, whose other leaves stay frozen.
+
+    The part's leaves are those of `model` at `places`, counted in its flat order (`None` included).
+    """
 
     model: Model
-    where: Where = eqx.field(static=True)
+    places: tuple[int, ...] = eqx.field(static=True)
     outer: Callable[[Any], Any]
 
     def __call__(self, part: Model) -> Model:
-        return self.outer(eqx.tree_at(self.where, self.model, part, is_leaf=lambda x: x is None))
+        leaves, structure = jtu.tree_flatten(self.model, is_leaf=_is_none)
+        for place, leaf in zip(self.places, jtu.tree_leaves(part, is_leaf=_is_none), strict=True):
+            leaves[place] = leaf
+        return self.outer(jtu.tree_unflatten(structure, leaves))
+
+
+def _is_none(x) -> bool:
+    return x is None
+
+
+class _Place(int):
+    """The number of a leaf, which no other number in a tree is mistaken for."""
+
+
+def _places(tree, where: Where, is_leaf=None) -> tuple[int, ...]:
+    """Which leaves of `tree`, in flat order, `where` selects."""
+    leaves, structure = jtu.tree_flatten(tree, is_leaf=is_leaf)
+    chosen = jtu.tree_leaves(where(jtu.tree_unflatten(structure, map(_Place, range(len(leaves))))))
+    if not all(isinstance(place, _Place) for place in chosen):
+        raise ValueError("it must select leaves of the model, not compute others")
+    return tuple(map(int, chosen))
+
+
+def selected(model: Model, where: Where) -> Int[np.ndarray, " p"]:
+    """Where the parameters that `where` selects stand in `ravel(model)`."""
+    params = eqx.filter(model, eqx.is_inexact_array)
+    ends = np.cumsum([0] + [leaf.size for leaf in jtu.tree_leaves(params)])
+    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in _places(params, where)])
 
 
 def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[EmpiricalRisk, Model]:
@@ -45,21 +77,18 @@ def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[Empirical
     validate(risk, model)
     params = eqx.filter(model, eqx.is_inexact_array)
     try:
-        part = where(model)
-        small_l2 = where(l2_tree(risk.l2, params))
-        whole = Whole(model, where, risk.whole)
-        whole(part)
+        part, small_l2 = where(model), where(l2_tree(risk.l2, params))
+        places = _places(model, where, is_leaf=_is_none)
+        chosen = _places(params, where)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"`where` must select a part of the model, as in `lambda m: m.layers[-1]`: {error}"
         ) from error
-    if not jtu.tree_leaves(eqx.filter(part, eqx.is_inexact_array)):
+    if not chosen:
         raise ValueError(
             "`where` selects nothing that holds parameters. Select a layer or an array, "
             "e.g. `lambda m: m.layers[-1]` or `lambda m: m.layers[-1].weight`."
         )
-    leaves, structure = jtu.tree_flatten(params)
-    chosen = jtu.tree_leaves(where(jtu.tree_unflatten(structure, range(len(leaves)))))
     if len(set(chosen)) < len(chosen):
         raise ValueError("`where` selects a parameter twice. Name each layer or array once.")
     small = EmpiricalRisk(
@@ -68,6 +97,6 @@ def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[Empirical
         l2=small_l2,
         weights=risk.weights,
         predict=risk.predict,
-        whole=whole,
+        whole=Whole(model, places, risk.whole),
     )
     return small, part

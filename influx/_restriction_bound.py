@@ -7,18 +7,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
-import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from ._curvature import AbstractFactored
-from ._custom_types import Scores, Where
+from ._curvature import AbstractCurvature, AbstractFactored
+from ._curvature.base import factor_matrix, hvp_matrix
+from ._custom_types import Model, Scores, Where
 from ._effect import Derivative
 from ._gradients import example_gradient
-from ._influence import Influence, influence
+from ._influence import Influence
 from ._misc import chunk_length, chunked_map, dot, ravel
-from ._response import implicit_response
-from ._restriction import restrict
+from ._response import Implicit, implicit_response
+from ._restriction import restrict, selected
+from ._risk import EmpiricalRisk
 from ._scale import Unscaled
 from ._solver.bounds import Solve, krylov, lanczos
 
@@ -48,9 +48,9 @@ def restriction_bound(
         I = −(x̃_mᵀg + ∇mᵀx̃_g − x̃_mᵀHx̃_g) − ρ_mᵀH⁻¹ρ_g,   |ρ_mᵀH⁻¹ρ_g| ≤ √(ρ_mᵀH⁻¹ρ_m · ρ_gᵀH⁻¹ρ_g).
 
     x̃ starts at the restricted solution (0, H_ψψ⁻¹v_ψ), for which the bracket is I_ψ, and takes `steps`
-    Krylov steps from its residual; Gauss–Radau quadrature, with min l2 + λ as the known lower end of
-    the spectrum, bounds what is left from above. Guaranteed in exact arithmetic; the quadrature adds a
-    rounding term.
+    Krylov steps from its residual; Gauss–Radau quadrature bounds what is left from above, given a
+    number below the spectrum: min l2 + λ for a positive semi-definite curvature, 1 + λ for
+    `Identity`. Guaranteed in exact arithmetic; the quadrature adds a rounding term.
 
     **Arguments:**
 
@@ -63,7 +63,8 @@ def restriction_bound(
 
     **Returns:** a [`RestrictionBound`][]. Unit and sign are those of influence.
 
-    **Raises:** `ValueError` unless min l2 + λ > 0, `steps` ≥ 1, and `f` is plain.
+    **Raises:** `ValueError` unless the curvature knows a positive lower end of its spectrum (min l2 + λ
+    > 0, and a loss convex in its output), `steps` ≥ 1, and `f` is plain.
 
     **Cost:** (m + n)·(steps + 2) products with H, and one small dense factorization.
 
@@ -78,39 +79,44 @@ def restriction_bound(
             "`restriction_bound` encloses plain influence: use `f` without `relative`, `removal` or "
             "`groups`."
         )
-    low = _lower_end(f)
-    if not low > 0:
+    response = implicit_response(f.response, "restriction_bound")
+    low = response.curvature.lower_end(f.risk, f.model)
+    if low is None or not low > 0:
         raise ValueError(
-            "The bound needs a known lower end of the spectrum: l2 > 0 on every parameter, or a "
-            f"positive damping; min l2 + damping is {low:.3g}."
+            "The bound needs a known positive lower end of the spectrum, and that of "
+            f"{type(response.curvature).__name__} here is {'not known' if low is None else low}. Use "
+            "l2 > 0 on every parameter or a positive damping, and a curvature that is positive "
+            "semi-definite wherever the model is: GaussNewton() with a convex loss, or Fisher()."
         )
-    curvature = implicit_response(f.response, "restriction_bound").curvature
-    curvature = getattr(curvature, "curvature", curvature)
     f.measurement.check(f.risk, f.model, queries)
-    small, part = restrict(f.risk, f.model, where)
-    inner = influence(small, part, curvature)
+    part = _factored_part(response, where)
+    kept = selected(f.model, where)
     low = jnp.asarray(low, f.risk.weights.dtype)
-    rows, solved = jax.block_until_ready(_query_side(f, inner, where, queries, steps, low))
-    return _bound(f, inner, where, rows, solved, steps, low)
+    rows, solved = jax.block_until_ready(_query_side(f, part, kept, queries, steps, low))
+    return _bound(f, part, kept, rows, solved, steps, low)
 
 
-def _lower_end(f: Influence) -> float:
-    """min l2 + λ, below every eigenvalue of a positive semi-definite curvature + l2 + λI."""
-    damping = implicit_response(f.response, "restriction_bound").curvature.damping
-    return float(jnp.min(f.risk.l2_vector(f.model))) + float(damping)
+def _factored_part(response: Implicit, where: Where) -> AbstractFactored:
+    """H_ψψ + λI, factored densely: the kept parameters are few."""
+    small, part = restrict(response.risk, response.model, where)
+    matrix = _matrix(response.curvature, small, part)
+    return factor_matrix(matrix, response.curvature.damping)
 
 
-def _solver(f: Influence, inner: Influence, where: Where, steps: int, low: Array) -> Callable:
+@eqx.filter_jit
+def _matrix(curvature: AbstractCurvature, risk: EmpiricalRisk, model: Model):
+    return hvp_matrix(curvature.matvec(risk, model), ravel(model)[0])
+
+
+def _solver(f: Influence, part: AbstractFactored, kept, steps: int, low: Array) -> Callable:
     """v ↦ x̃, Hx̃ and the bound on the leftover form, from the restricted solution on."""
     theta, _ = ravel(f.model)
-    kept = _kept(f, where)
-    factored = implicit_response(f.response, "restriction_bound").factored
-    part = implicit_response(inner.response, "restriction_bound").factored
-    scale = _norm(factored, theta)
+    matvec = implicit_response(f.response, "restriction_bound").factored.matvec
+    scale = _norm(matvec, theta)
 
     def solve(v):
         start = jnp.zeros_like(v).at[kept].set(part.solve(v[kept]))
-        return krylov(factored.matvec, start, v, steps, low, scale=scale)
+        return krylov(matvec, start, v, steps, low, scale=scale)
 
     return solve
 
@@ -123,9 +129,9 @@ def _chunk(f: Influence, steps: int) -> int:
 # Queries and training points are two programs. In one, XLA runs their batched eigendecompositions at
 # the same time, each waits for a free thread, and on a machine of two cores both wait for ever.
 @eqx.filter_jit
-def _query_side(f: Influence, inner: Influence, where: Where, queries, steps: int, low: Array):
+def _query_side(f: Influence, part: AbstractFactored, kept, queries, steps: int, low: Array):
     """The rows v = ∇m [m, c, P] and what `_solver` answers for them."""
-    solve = _solver(f, inner, where, steps, low)
+    solve = _solver(f, part, kept, steps, low)
 
     def one(query):
         rows = f.measurement.gradient(f.risk, f.model, query)
@@ -135,24 +141,21 @@ def _query_side(f: Influence, inner: Influence, where: Where, queries, steps: in
 
 
 @eqx.filter_jit
-def _bound(
-    f: Influence, inner: Influence, where: Where, rows, solved: Solve, steps: int, low: Array
-):
+def _bound(f: Influence, part: AbstractFactored, kept, rows, solved: Solve, steps: int, low: Array):
     theta, _ = ravel(f.model)
-    solve = _solver(f, inner, where, steps, low)
+    solve = _solver(f, part, kept, steps, low)
     v, x = (a.reshape(-1, theta.size) for a in (rows, solved.x))
     leftover = solved.leftover.reshape(-1)
 
     def columns(example):
         g = example_gradient(f.risk, f.model, example)
         other = solve(g)
-        error = jnp.sqrt(leftover * other.leftover)
-        return -(dot(x, g) + dot(v, other.x) - dot(x, other.Hx)), error
+        full = -(dot(x, g) + dot(v, other.x) - dot(x, other.Hx))
+        restricted = -dot(v[:, kept], part.solve(g[kept]))
+        return full, restricted, jnp.sqrt(leftover * other.leftover)
 
-    full, error = chunked_map(columns, f.risk.data, _chunk(f, steps))
-    restricted = inner.response.pull(v[:, _kept(f, where)])
-    shaped = lambda scores: scores.reshape(*rows.shape[:-1], f.risk.n)
-    full, error, restricted = shaped(full.T), shaped(error.T), shaped(restricted)
+    parts = chunked_map(columns, f.risk.data, _chunk(f, steps))
+    full, restricted, error = (a.T.reshape(*rows.shape[:-1], f.risk.n) for a in parts)
     distance = jnp.abs(full - restricted)
     return RestrictionBound(
         restricted,
@@ -163,18 +166,9 @@ def _bound(
     )
 
 
-def _norm(factored: AbstractFactored, theta: Float[Array, " P"]) -> Float[Array, ""]:
+def _norm(matvec: Callable, theta: Float[Array, " P"]) -> Float[Array, ""]:
     """An estimate of ‖H‖₂: the largest Ritz value of ten Lanczos steps."""
     start = jr.normal(jr.key(0), theta.shape, theta.dtype)
-    _, alpha, beta = lanczos(factored.matvec, start, min(10, theta.size))
+    _, alpha, beta = lanczos(matvec, start, min(10, theta.size))
     off = jnp.diag(beta[:-1], 1)
     return jnp.linalg.eigvalsh(jnp.diag(alpha) + off + off.T)[-1]
-
-
-def _kept(f: Influence, where: Where) -> Int[Array, " p"]:
-    """Where the kept parameters stand in the full flat vector."""
-    leaves, structure = jtu.tree_flatten(eqx.filter(f.model, eqx.is_inexact_array))
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    places = [np.arange(end - leaf.size, end) for end, leaf in zip(ends, leaves)]
-    chosen = jtu.tree_leaves(where(jtu.tree_unflatten(structure, places)))
-    return jnp.concatenate([jnp.asarray(place) for place in chosen])

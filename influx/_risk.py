@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ._custom_types import Example, Model
+from ._custom_types import Example, Model, Scalar
 from ._loss import AbstractLoss
 from ._misc import is_concrete, ravel, take
 
@@ -49,7 +49,7 @@ class EmpiricalRisk(eqx.Module):
 
     data: tuple[PyTree[Array], PyTree[Array]]
     loss: AbstractLoss
-    l2: PyTree[float]
+    l2: PyTree[Scalar]
     weights: Float[Array, " n"]
     predict: Callable[[Any, Any], Any]
     whole: Callable[[Any], Any]
@@ -148,31 +148,30 @@ def _check_l2_shape(path, param: Array, value) -> None:
         )
 
 
-def validate(risk: EmpiricalRisk, model: Model, data=None) -> None:
+def validate(risk: EmpiricalRisk, model: Model) -> None:
     """Everything about a risk and a model together that can be wrong before work starts.
 
     **Raises:** `ValueError` naming the cause: no parameters, NaN or infinity in a parameter (which
     leaf), several dtypes, layers whose output for one example depends on others or on chance, a model
     that cannot be called on one input, an output the loss cannot take, labels out of range, a loss
-    that is not a real scalar. `data` stands for the training data where queries are to be checked.
+    that is not a real scalar.
     """
     if not isinstance(risk, EmpiricalRisk):
         raise ValueError(
             f"The first argument must be an influx.EmpiricalRisk, got {type(risk).__name__}. "
             "The order is (risk, model)."
         )
-    data = risk.data if data is None else data
     _check_layers(risk.whole(model))
     _check_parameters(model)
     theta, _ = ravel(model)
-    for path, leaf in jtu.tree_leaves_with_path(data):
+    for path, leaf in jtu.tree_leaves_with_path(risk.data):
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype != theta.dtype:
             raise ValueError(
                 f"The parameters are {theta.dtype} but the data leaf {jtu.keystr(path)} is "
                 f"{leaf.dtype}: convert one, e.g. `X.astype({theta.dtype})`."
             )
     l2_tree(risk.l2, eqx.filter(model, eqx.is_inexact_array))
-    x, y = take(data, 0)
+    x, y = take(risk.data, 0)
     output = _traced(
         risk.output,
         model,
@@ -180,7 +179,7 @@ def validate(risk: EmpiricalRisk, model: Model, data=None) -> None:
         what="The model cannot be called on the input",
         remedy="`predict(model, x)` sees one example, without the leading axis of examples.",
     )
-    risk.loss.check(output, data[1])
+    risk.loss.check(output, risk.data[1])
     value = _traced(
         risk.loss,
         output,
@@ -219,8 +218,11 @@ def _check_scalar(value, dtype) -> None:
         )
 
 
-def check_queries(risk: EmpiricalRisk, queries: PyTree[Array], what: str = "queries") -> None:
-    """Queries are `(inputs, targets)` whose rows look like the training data's rows."""
+def check_queries(
+    risk: EmpiricalRisk, model: Model, queries: PyTree[Array], what: str = "queries"
+) -> None:
+    """Queries are `(inputs, targets)` whose rows look like the training data's, which `validate` has
+    seen, with targets that the loss takes."""
     _checked_data(queries, what)
     expected, got = (jtu.tree_structure(x) for x in (risk.data, tuple(queries)))
     rows = lambda tree: [(x.shape[1:], x.dtype) for x in jtu.tree_leaves(tree)]
@@ -236,6 +238,7 @@ def check_queries(risk: EmpiricalRisk, queries: PyTree[Array], what: str = "quer
                 f"Query rows of shape {shape} are {have}, the training data's are {want}: "
                 f"convert them, e.g. `.astype({want})`."
             )
+    risk.loss.check(eqx.filter_eval_shape(risk.output, model, take(queries[0], 0)), queries[1])
 
 
 def _checked_data(data, what: str = "data"):
@@ -371,7 +374,8 @@ def _checked_l2(l2):
                 f"{name} must be finite and at least 0, got {value}: a negative penalty has no minimum. "
                 "Use 0. for no penalty."
             )
-    return l2
+    # As arrays, so that another l2 is no other program.
+    return jtu.tree_map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x, float), l2)
 
 
 def _check_parameters(model: Model) -> None:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._effect import Derivative
-from ._influence import Influence
+from ._influence import Influence, query_chunk
 from ._measurement import Loss
-from ._misc import chunk_length, leading_length, map_blocks, ravel
-from ._risk import check_queries, validate
+from ._misc import chunked_sum, leading_length, take
+from ._risk import check_queries
 from ._scale import Unscaled
 
 VERDICTS = ("helpful", "harmful", "undecided")
@@ -48,14 +48,13 @@ def value(f: Influence, heldout: PyTree[Array]) -> Value:
     **Raises:** `ValueError` for held-out data that do not look like the training data, fewer than two
     of them, or an `f` under a transform (a value is of single points, and plain).
 
-    **Cost:** |V| solves and one pass over the training data; no [|V|, n] array is kept.
+    **Cost:** |V| solves, and a pass over the training data per block of queries that fits 256 MiB.
 
     **Source:** Kounavis, Dia & Ramazanli, arXiv:2305.16094 (sign of influence); Koh & Liang,
     arXiv:1703.04730.
     """
     require_plain(f, "value")
-    check_queries(f.risk, heldout, "heldout")
-    validate(f.risk, f.model, data=tuple(heldout))
+    check_queries(f.risk, f.model, heldout, "heldout")
     if leading_length(heldout) < 2:
         raise ValueError(
             "`heldout` needs at least 2 examples, for a standard error; got 1. For a single query read "
@@ -74,20 +73,27 @@ def require_plain(f: Influence, verb: str) -> None:
         )
 
 
+def _moments(f: Influence, heldout: PyTree[Array]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """The mean of the scores over `heldout` and the sum of squared deviations from it, a block of
+    queries at a time; the first query's scores are taken off before squaring, against cancellation."""
+    m = leading_length(heldout)
+    one = lambda query: f.effect.columns(f, f.effect.prepare(f, query), None)
+    first = one(take(heldout, 0))
+
+    def sums(queries):
+        shifted = jax.vmap(one)(queries) - first[None]
+        return jnp.sum(shifted, axis=0), jnp.sum(jnp.square(shifted), axis=0)
+
+    total, squares = chunked_sum(sums, heldout, min(m, query_chunk(f, heldout)))
+    return first + total / m, jnp.maximum(squares - jnp.square(total) / m, 0)
+
+
 @eqx.filter_jit
 def _value(f: Influence, heldout: PyTree[Array]) -> Value:
     m = leading_length(heldout)
-    prepared = jax.vmap(lambda query: f.effect.prepare(f, query))(heldout)
-
-    def moments(indices):
-        scores = jax.vmap(lambda one: f.effect.columns(f, one, indices))(prepared)
-        return jnp.mean(scores, axis=0), jnp.std(scores, axis=0, ddof=1)
-
-    theta, _ = ravel(f.model)
-    chunk = min(f.risk.n, chunk_length(2 * m + 4 * theta.size, theta.dtype))
-    mean, deviation = map_blocks(moments, f.risk.n, chunk)
+    mean, square = _moments(f, heldout)
     G = -mean
-    standard_error = deviation / jnp.sqrt(jnp.asarray(m, mean.dtype))
+    standard_error = jnp.sqrt(square / (m * (m - 1)))
     weights = f.risk.weights
     centred = G - jnp.vdot(weights, G) / jnp.sum(weights)
     verdict = jnp.where(jnp.abs(G) < 2 * standard_error, 2, jnp.where(G > 0, 0, 1))

@@ -668,8 +668,8 @@ VERBS = {
     ),
     "bound without l2": (
         lambda w: ix.restriction_bound(w.unpenalised, lambda m: m.bias, (Xq, yq)),
-        r"min l2 \+ damping is 0",
-        "l2 > 0 on every parameter, or a positive damping",
+        "of CG here is 0.0",
+        "l2 > 0 on every parameter or a positive damping",
     ),
     "where of a bound": (
         lambda w: ix.restriction_bound(w.f, lambda m: (), (Xq, yq)),
@@ -698,7 +698,7 @@ VERBS = {
     ),
     "where computed": (
         lambda w: ix.restrict(w.f.risk, w.model, lambda m: 2 * m.weight),
-        "unsupported operand",
+        "not compute others",
         "must select a part of the model",
     ),
     "where a string": (

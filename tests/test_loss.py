@@ -444,6 +444,10 @@ class WithHessian(AbstractLoss):
     loss: AbstractLoss
     hessian: object = eqx.field(static=True)
 
+    @property
+    def convex(self):
+        return False
+
     def __call__(self, output, target):
         return self.loss(output, target)
 

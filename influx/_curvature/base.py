@@ -9,9 +9,9 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._custom_types import Model
+from .._custom_types import Model, Scalar, ScalarLike
 from .._jacobian import AbstractJacobian
-from .._misc import chunk_length, is_concrete, ravel
+from .._misc import chunk_length, is_concrete
 from .._risk import EmpiricalRisk
 
 if TYPE_CHECKING:
@@ -26,12 +26,13 @@ class AbstractFactored(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def is_matrix(self) -> bool:
-        """Whether H + λI is held as a matrix, so that its inverse is cheap to form."""
+    def matrix(self) -> Float[Array, "P P"] | None:
+        """H + λI, where it is held as a matrix."""
 
+    @property
     @abc.abstractmethod
-    def matvec(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
-        """(H + λI) v."""
+    def matvec(self) -> Callable[[Float[Array, " P"]], Float[Array, " P"]]:
+        """The map v ↦ (H + λI) v. What all its products share is computed when it is asked for."""
 
     @abc.abstractmethod
     def try_solve(self, v: Float[Array, " P"]) -> tuple[Float[Array, " P"], Array]:
@@ -66,11 +67,13 @@ class Factored(AbstractFactored):
         self.state = solver.init(operator, {})
 
     @property
-    def is_matrix(self):
-        return isinstance(self.operator, lx.MatrixLinearOperator)
+    def matrix(self):
+        is_matrix = isinstance(self.operator, lx.MatrixLinearOperator)
+        return self.operator.as_matrix() if is_matrix else None
 
-    def matvec(self, v):
-        return self.operator.mv(v)
+    @property
+    def matvec(self):
+        return self.operator.mv
 
     def try_solve(self, v):
         with jax.default_matmul_precision("highest"):
@@ -78,16 +81,10 @@ class Factored(AbstractFactored):
         return solution.value, solution.result == lx.RESULTS.successful
 
     def perturbed(self, matvec):
-        if self.is_matrix:
-            matrix = self.operator.as_matrix()
-            added = jax.lax.map(matvec, jnp.eye(matrix.shape[0], dtype=matrix.dtype))
-            return Factored(symmetric(matrix + added), self.solver)
-        total = lx.FunctionLinearOperator(
-            lambda v: self.matvec(v) + matvec(v),
-            self.operator.in_structure(),
-            (lx.symmetric_tag, lx.positive_semidefinite_tag),
-        )
-        return Factored(total, self.solver)
+        if self.matrix is None:
+            raise NotImplementedError("Only a matrix takes another one on.")
+        added = jax.lax.map(matvec, jnp.eye(self.matrix.shape[0], dtype=self.matrix.dtype))
+        return Factored(symmetric(self.matrix + added), self.solver)
 
 
 def symmetric(matrix: Float[Array, "P P"]) -> lx.MatrixLinearOperator:
@@ -104,11 +101,16 @@ class AbstractCurvature(eqx.Module):
     always added to a curvature that already contains l2.
     """
 
-    damping: eqx.AbstractVar[float]
+    damping: eqx.AbstractVar[Scalar]
 
     @abc.abstractmethod
     def matvec(self, risk: EmpiricalRisk, model: Model) -> Callable[[Array], Array]:
         """The map v ↦ Hv, undamped, in the order of `ravel(model)`."""
+
+    @abc.abstractmethod
+    def lower_end(self, risk: EmpiricalRisk, model: Model) -> float | None:
+        """A number known to lie below every eigenvalue of H + λI, such as min l2 + λ where the rest is
+        positive semi-definite by construction; `None` where none is known."""
 
     @abc.abstractmethod
     def factor(self, risk: EmpiricalRisk, model: Model) -> AbstractFactored:
@@ -150,7 +152,7 @@ class AbstractMatrixCurvature(AbstractCurvature):
         return factor_matrix(self.matrix(risk, model), self.damping)
 
 
-def factor_matrix(matrix: Float[Array, "P P"], damping: float) -> Factored:
+def factor_matrix(matrix: Float[Array, "P P"], damping: ScalarLike) -> Factored:
     """Cholesky factor of H + λI, with its definiteness checked."""
     matrix = matrix + jnp.asarray(damping, matrix.dtype) * jnp.eye(
         matrix.shape[0], dtype=matrix.dtype
@@ -187,13 +189,13 @@ def _check_definite(matrix: Float[Array, "P P"], factored: Factored) -> None:
     )
 
 
+def least_penalty(risk: EmpiricalRisk, model: Model, damping: ScalarLike) -> float:
+    """min l2 + λ, below every eigenvalue of a positive semi-definite matrix + diag(l2) + λI."""
+    return float(jnp.min(risk.l2_vector(model))) + float(damping)
+
+
 def hvp_matrix(matvec: Callable[[Array], Array], theta: Float[Array, " P"]) -> Float[Array, "P P"]:
     """A symmetric matrix from its products with the unit vectors, a chunk at a time."""
     P = theta.size
     eye = jnp.eye(P, dtype=theta.dtype)
     return jax.lax.map(matvec, eye, batch_size=min(P, chunk_length(64 * P, theta.dtype)))
-
-
-def flat_structure(model: Model) -> jax.ShapeDtypeStruct:
-    theta, _ = ravel(model)
-    return jax.ShapeDtypeStruct(theta.shape, theta.dtype)

@@ -26,7 +26,7 @@ class BlockDiagonal(AbstractCurvature):
     curvature: AbstractCurvature = eqx.field(default=Hessian(), converter=check_curvature)
 
     @property
-    def damping(self) -> float:
+    def damping(self):
         return self.curvature.damping
 
     def matvec(self, risk, model):
@@ -52,6 +52,9 @@ class BlockDiagonal(AbstractCurvature):
             )
         )
 
+    def lower_end(self, risk, model):
+        return self.curvature.lower_end(risk, model)
+
     def newton_steps(self, risk, model, factored, jacobian):
         return None
 
@@ -67,14 +70,20 @@ class Blocks(AbstractFactored):
     blocks: tuple[Block, ...]
 
     @property
-    def is_matrix(self):
-        return False
+    def matrix(self):
+        return None
 
-    def matvec(self, v):
-        out = jnp.zeros_like(v)
-        for block in self.blocks:
-            out = out.at[block.indices].set(block.factored.matvec(v[block.indices]))
-        return out
+    @property
+    def matvec(self):
+        parts = [(block.indices, block.factored.matvec) for block in self.blocks]
+
+        def matvec(v):
+            out = jnp.zeros_like(v)
+            for indices, part in parts:
+                out = out.at[indices].set(part(v[indices]))
+            return out
+
+        return matvec
 
     def try_solve(self, v):
         out, converged = jnp.zeros_like(v), jnp.asarray(True)
@@ -97,16 +106,8 @@ def layers(model: Model) -> list[tuple[np.ndarray, Callable]]:
         paths.append(path)
         places.append(np.arange(start, start + leaf.size))
         start += leaf.size
-    return [(np.concatenate(places), Getter(tuple(paths))) for paths, places in groups.values()]
-
-
-class Getter(eqx.Module):
-    """`where` of the leaves at some paths. Equal paths compare equal, so programs are reused."""
-
-    paths: tuple = eqx.field(static=True)
-
-    def __call__(self, tree):
-        return tuple(_follow(tree, path) for path in self.paths)
+    getter = lambda paths: lambda tree: tuple(_follow(tree, path) for path in paths)
+    return [(np.concatenate(places), getter(paths)) for paths, places in groups.values()]
 
 
 def _follow(tree, path):

@@ -14,7 +14,7 @@ class Diagonal(AbstractCurvature):
     curvature: AbstractCurvature = eqx.field(default=GaussNewton(), converter=check_curvature)
 
     @property
-    def damping(self) -> float:
+    def damping(self):
         return self.curvature.damping
 
     def matvec(self, risk, model):
@@ -31,6 +31,9 @@ class Diagonal(AbstractCurvature):
                 "positive. Use a positive damping, or an l2 > 0 on every parameter."
             )
         return Factored(lx.DiagonalLinearOperator(diagonal), lx.Diagonal())
+
+    def lower_end(self, risk, model):
+        return self.curvature.lower_end(risk, model)
 
     def newton_steps(self, risk, model, factored, jacobian):
         return None

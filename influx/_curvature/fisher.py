@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from .._custom_types import Scalar, ScalarLike
 from .._gradients import example_gradient
 from .._loss import AbstractLoss
 from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, ravel
-from .base import AbstractMatrixCurvature
+from .base import AbstractMatrixCurvature, least_penalty
 from .ggn import _gauss_newton_matvec, gauss_newton_matrix
 
 
@@ -25,7 +26,7 @@ class Fisher(AbstractMatrixCurvature):
     """
 
     kind: str = eqx.field(static=True)
-    damping: float = eqx.field(converter=check_damping)
+    damping: Scalar
     key: PRNGKeyArray | None
     draws: int = eqx.field(static=True)
 
@@ -33,7 +34,7 @@ class Fisher(AbstractMatrixCurvature):
         self,
         kind: Literal["exact", "sampled", "empirical"] = "exact",
         *,
-        damping: float = 0.0,
+        damping: ScalarLike = 0.0,
         key: PRNGKeyArray | None = None,
         draws: int = 1,
     ):
@@ -47,7 +48,8 @@ class Fisher(AbstractMatrixCurvature):
             raise ValueError(f"`key` must be a random key such as jax.random.key(0), got {key!r}.")
         if not isinstance(draws, Integral) or draws < 1:
             raise ValueError(f"`draws` must be at least 1, a whole number; got {draws!r}.")
-        self.kind, self.damping, self.key, self.draws = kind, damping, key, draws
+        self.kind, self.damping = kind, check_damping(damping)
+        self.key, self.draws = key, draws
 
     def matvec(self, risk, model):
         if self.kind == "exact":
@@ -86,6 +88,9 @@ class Fisher(AbstractMatrixCurvature):
             return example_gradient(risk, model, (x, target))
 
         return jax.vmap(drawn)(jr.split(jr.fold_in(self.key, i), self.draws))
+
+    def lower_end(self, risk, model):
+        return least_penalty(risk, model, self.damping)
 
     def newton_steps(self, risk, model, factored, jacobian):
         return None

@@ -2,9 +2,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._custom_types import Scalar
 from .._jacobian import output_jacobian
 from .._misc import check_damping, ravel
-from .base import AbstractMatrixCurvature
+from .base import AbstractMatrixCurvature, least_penalty
 from .newton_step import woodbury
 
 
@@ -20,13 +21,16 @@ class GaussNewton(AbstractMatrixCurvature):
     arXiv:1412.1193.
     """
 
-    damping: float = eqx.field(default=0.0, converter=check_damping)
+    damping: Scalar = eqx.field(default=0.0, converter=check_damping)
 
     def matvec(self, risk, model):
         return _gauss_newton_matvec(risk, model, risk.loss.output_hessian)
 
     def matrix(self, risk, model):
         return gauss_newton_matrix(risk, model)
+
+    def lower_end(self, risk, model):
+        return least_penalty(risk, model, self.damping) if risk.loss.convex else None
 
     def newton_steps(self, risk, model, factored, jacobian):
         if jacobian is None:
@@ -38,9 +42,9 @@ def _gauss_newton_matvec(risk, model, middle):
     """v ↦ (1/n) Σ wᵢ Aᵢᵀ Sᵢ Aᵢ v + l2 v, by one forward and one reverse product."""
     theta, rebuild = ravel(model)
     outputs = lambda t: jax.vmap(lambda x: risk.output(rebuild(t), x))(risk.data[0])
+    out, push = jax.linearize(outputs, theta)
 
     def matvec(v):
-        out, push = jax.linearize(outputs, theta)
         rows = lambda o, y, t: (middle(o, y) @ t.reshape(-1)).reshape(o.shape)
         curved = jax.vmap(rows)(out, risk.data[1], push(v))
         weights = (risk.weights / risk.n).reshape(-1, *[1] * (curved.ndim - 1))

@@ -1,9 +1,10 @@
 import equinox as eqx
 import jax
 
+from .._custom_types import Scalar
 from .._jacobian import is_affine
 from .._misc import check_damping, ravel
-from .base import AbstractMatrixCurvature, hvp_matrix
+from .base import AbstractMatrixCurvature, hvp_matrix, least_penalty
 from .ggn import gauss_newton_matrix
 from .newton_step import Perturbed, woodbury
 
@@ -16,7 +17,7 @@ class Hessian(AbstractMatrixCurvature):
     O(P²) memory, O(P³) to factor; choose it for P up to a few thousand.
     """
 
-    damping: float = eqx.field(default=0.0, converter=check_damping)
+    damping: Scalar = eqx.field(default=0.0, converter=check_damping)
 
     def matvec(self, risk, model):
         theta, rebuild = ravel(model)
@@ -27,6 +28,11 @@ class Hessian(AbstractMatrixCurvature):
         if is_affine(risk, model):
             return gauss_newton_matrix(risk, model)
         return _hessian_matrix(self, risk, model)
+
+    def lower_end(self, risk, model):
+        if risk.loss.convex and is_affine(risk, model):
+            return least_penalty(risk, model, self.damping)
+        return None
 
     def newton_steps(self, risk, model, factored, jacobian):
         if jacobian is not None and jacobian.affine:

@@ -1,15 +1,21 @@
 """Curvatures that are never formed: their products, and an iterative solver of lineax."""
 
+from collections.abc import Callable
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
 import numpy as np
+from jaxtyping import Array
 
+from .._custom_types import Model
 from .._misc import is_concrete, ravel
+from .._risk import EmpiricalRisk
 from .._solver.bounds import lanczos
 from .._solver.minres import MINRES as MinresSolver
-from .base import AbstractCurvature, AbstractFactored, Factored, check_curvature, flat_structure
+from .base import AbstractCurvature, AbstractFactored, check_curvature
 
 
 class CG(AbstractCurvature):
@@ -29,25 +35,32 @@ class CG(AbstractCurvature):
     optimization" (2010).
     """
 
-    curvature: AbstractCurvature = eqx.field(converter=check_curvature)
-    rtol: float = eqx.field(default=1e-10, kw_only=True)
-    max_steps: int | None = eqx.field(static=True, default=None, kw_only=True)
+    curvature: AbstractCurvature
+    rtol: float
+    max_steps: int | None = eqx.field(static=True)
+
+    def __init__(
+        self, curvature: AbstractCurvature, *, rtol: float = 1e-10, max_steps: int | None = None
+    ):
+        self.curvature = check_curvature(curvature)
+        self.rtol, self.max_steps = _checked_settings(rtol, max_steps)
 
     @property
-    def damping(self) -> float:
+    def damping(self):
         return self.curvature.damping
 
     def matvec(self, risk, model):
         return self.curvature.matvec(risk, model)
 
+    def lower_end(self, risk, model):
+        return self.curvature.lower_end(risk, model)
+
     def factor(self, risk, model):
-        _check_settings(self.rtol, self.max_steps)
-        operator = _operator(self.curvature, risk, model)
+        solver = lx.CG(rtol=0.0, atol=self.rtol, max_steps=_steps(self.max_steps, model))
+        factored = Iterative(risk, model, self.curvature, solver)
         if is_concrete((risk, model)):
-            _check_ritz(operator, model)
-        steps = 10 * flat_structure(model).size if self.max_steps is None else self.max_steps
-        solver = lx.CG(rtol=0.0, atol=self.rtol, max_steps=steps)
-        return Normalised(Factored(operator, solver))
+            _check_ritz(factored)
+        return factored
 
     def newton_steps(self, risk, model, factored, jacobian):
         return self.curvature.newton_steps(risk, model, factored, jacobian)
@@ -58,84 +71,103 @@ class MINRES(AbstractCurvature):
     matrices that may be indefinite or singular.
 
     With an indefinite curvature influence is still the derivative of a *stationary point*, but
-    self-influence may have either sign (P3 and P5 need H ≻ 0); `diagnose` says so.
+    self-influence may have either sign (P3 and P5 need H ≻ 0); `diagnose` says so. Rounding grows with
+    the square of the condition number: above about 1e8 in float64 a solve is refused.
 
     **Source:** Paige & Saunders, "Solution of sparse indefinite systems of linear equations" (1975).
     """
 
-    curvature: AbstractCurvature = eqx.field(converter=check_curvature)
-    rtol: float = eqx.field(default=1e-10, kw_only=True)
-    max_steps: int | None = eqx.field(static=True, default=None, kw_only=True)
+    curvature: AbstractCurvature
+    rtol: float
+    max_steps: int | None = eqx.field(static=True)
+
+    def __init__(
+        self, curvature: AbstractCurvature, *, rtol: float = 1e-10, max_steps: int | None = None
+    ):
+        self.curvature = check_curvature(curvature)
+        self.rtol, self.max_steps = _checked_settings(rtol, max_steps)
 
     @property
-    def damping(self) -> float:
+    def damping(self):
         return self.curvature.damping
 
     def matvec(self, risk, model):
         return self.curvature.matvec(risk, model)
 
+    def lower_end(self, risk, model):
+        return self.curvature.lower_end(risk, model)
+
     def factor(self, risk, model):
-        _check_settings(self.rtol, self.max_steps)
-        steps = 10 * flat_structure(model).size if self.max_steps is None else self.max_steps
-        solver = MinresSolver(rtol=0.0, atol=self.rtol, max_steps=steps)
-        return Normalised(Factored(_operator(self.curvature, risk, model), solver))
+        solver = MinresSolver(rtol=0.0, atol=self.rtol, max_steps=_steps(self.max_steps, model))
+        return Iterative(risk, model, self.curvature, solver)
 
     def newton_steps(self, risk, model, factored, jacobian):
         return self.curvature.newton_steps(risk, model, factored, jacobian)
 
 
-class Normalised(AbstractFactored):
-    """Solves for v scaled to entries of size 1, so that an absolute tolerance is relative to v.
+class Iterative(AbstractFactored):
+    """H + λI behind its products, and a lineax solver. `added` is a matrix on top of it, if any.
 
+    The solver sees v scaled to entries of size 1, so that its absolute tolerance is relative to v.
     lineax's own `rtol` is relative to each entry of v by itself, which no step can meet where v has
     zeros.
     """
 
-    factored: Factored
+    risk: EmpiricalRisk
+    model: Model
+    curvature: AbstractCurvature
+    solver: lx.AbstractLinearSolver
+    added: Callable[[Array], Array] | None = None
 
     @property
-    def is_matrix(self):
-        return self.factored.is_matrix
+    def matrix(self):
+        return None
 
-    def matvec(self, v):
-        return self.factored.matvec(v)
+    @property
+    def matvec(self):
+        product = self.curvature.matvec(self.risk, self.model)
+        damped = lambda v: product(v) + jnp.asarray(self.curvature.damping, v.dtype) * v
+        added = self.added
+        return damped if added is None else lambda v: damped(v) + added(v)
 
     def try_solve(self, v):
         size = jnp.linalg.norm(v) / jnp.sqrt(jnp.asarray(v.size, v.dtype))
         unit = jnp.where(size == 0, 1, size)
-        x, converged = self.factored.try_solve(v / unit)
-        return x * unit, converged | (size == 0)
+        # MINRES reads the first tag only; CG needs the second.
+        tags = lx.symmetric_tag, lx.positive_semidefinite_tag
+        operator = lx.FunctionLinearOperator(self.matvec, jax.eval_shape(lambda: v), tags)
+        with jax.default_matmul_precision("highest"):
+            solution = lx.linear_solve(operator, v / unit, self.solver, throw=False)
+        converged = solution.result == lx.RESULTS.successful
+        return solution.value * unit, converged | (size == 0)
 
     def perturbed(self, matvec):
-        return Normalised(self.factored.perturbed(matvec))
+        return Iterative(self.risk, self.model, self.curvature, self.solver, matvec)
 
 
-def _operator(curvature: AbstractCurvature, risk, model) -> lx.FunctionLinearOperator:
-    matvec = curvature.matvec(risk, model)
-    damped = lambda v: matvec(v) + jnp.asarray(curvature.damping, v.dtype) * v
-    # MINRES reads the first tag only; CG needs the second.
-    tags = (lx.symmetric_tag, lx.positive_semidefinite_tag)
-    return lx.FunctionLinearOperator(damped, flat_structure(model), tags)
-
-
-def _check_settings(rtol: float, max_steps: int | None) -> None:
+def _checked_settings(rtol: float, max_steps: int | None) -> tuple[float, int | None]:
     if not (np.isfinite(rtol) and rtol > 0):
         raise ValueError(f"`rtol` must be a positive number such as 1e-10, got {rtol}.")
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"`max_steps` must be at least 1, got {max_steps}. Use None for 10·P.")
+    return rtol, max_steps
+
+
+def _steps(max_steps: int | None, model: Model) -> int:
+    return 10 * ravel(model)[0].size if max_steps is None else max_steps
 
 
 @eqx.filter_jit
-def _ritz_values(operator, model):
-    theta, _ = ravel(model)
+def _ritz_values(factored: Iterative):
+    theta, _ = ravel(factored.model)
     start = jr.normal(jr.key(0), theta.shape, theta.dtype)
-    _, alpha, beta = lanczos(operator.mv, start, min(20, theta.size))
+    _, alpha, beta = lanczos(factored.matvec, start, min(20, theta.size))
     off = jnp.diag(beta[:-1], 1)
     return jnp.linalg.eigvalsh(jnp.diag(alpha) + off + off.T)
 
 
-def _check_ritz(operator, model) -> None:
-    ritz = _ritz_values(operator, model)
+def _check_ritz(factored: Iterative) -> None:
+    ritz = _ritz_values(factored)
     low, high = float(ritz[0]), float(ritz[-1])
     if not jnp.isfinite(ritz).all():
         raise ValueError(

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._custom_types import Model
+from .._custom_types import Model, Scalar
 from .._gradients import example_gradient, risk_gradient
 from .._jacobian import AbstractJacobian
-from .._misc import chunk_length, chunked_map, dot, einsum, ravel, take
+from .._misc import chunk_length, chunked_map, dot, einsum, map_blocks, ravel, take
 from .._risk import EmpiricalRisk
 from .base import AbstractFactored
 
@@ -18,7 +18,7 @@ from .base import AbstractFactored
 class AbstractNewtonSteps(eqx.Module):
     """The Newton steps without single points, what they share made ready once."""
 
-    damping: eqx.AbstractVar[float]
+    damping: eqx.AbstractVar[Scalar]
 
     @abc.abstractmethod
     def steps(
@@ -81,20 +81,27 @@ class Woodbury(AbstractNewtonSteps):
     For scalar squared loss (S = 1) the middle factor is 1/(1 − hᵢ), hᵢ = (wᵢ/n)Kᵢ. K solves a point.
     """
 
-    damping: float
+    damping: Scalar
 
     def steps(self, risk, model, factored, jacobian, indices):
-        terms = output_terms(risk, model, jacobian, indices)
+        assert jacobian is not None  # `woodbury` is built with one
         gradient = risk_gradient(risk, model)
         delta = -factored.solve(gradient)
-        rows = terms.jacobian.dense()  # [k, K, P]
-        solved = jax.lax.map(jax.vmap(factored.solve), rows)
-        leverage = einsum("kap,kbp->kab", rows, solved)
-        u = terms.middle(leverage, terms.jacobian.push(delta))
-        steps = delta[None] + einsum("ka,kap->kp", u, solved)
-        kept = jax.vmap(factored.matvec)(steps) - jnp.asarray(self.damping, steps.dtype) * steps
-        lost = terms.jacobian.pull(terms.slope(terms.jacobian.push_each(steps)))
-        return steps, jnp.linalg.norm(gradient[None] + kept - lost, axis=1)
+        solve, matvec = jax.vmap(factored.solve), jax.vmap(factored.matvec)
+
+        def block(places):
+            terms = output_terms(risk, model, jacobian, indices[places])
+            rows = terms.jacobian.dense()  # [b, K, P]
+            solved = jax.lax.map(solve, rows)
+            leverage = einsum("kap,kbp->kab", rows, solved)
+            u = terms.middle(leverage, terms.jacobian.push(delta))
+            steps = delta[None] + einsum("ka,kap->kp", u, solved)
+            kept = matvec(steps) - jnp.asarray(self.damping, steps.dtype) * steps
+            lost = terms.jacobian.pull(terms.slope(terms.jacobian.push_each(steps)))
+            return steps, jnp.linalg.norm(gradient[None] + kept - lost, axis=1)
+
+        items = (2 * jacobian.outputs + 4) * gradient.size
+        return map_blocks(block, indices.size, chunk_length(items, gradient.dtype))
 
 
 class HeldWoodbury(AbstractNewtonSteps):
@@ -110,7 +117,7 @@ class HeldWoodbury(AbstractNewtonSteps):
     of Mqᵢ.
     """
 
-    damping: float
+    damping: Scalar
     inverse: Float[Array, "P P"]
     leverage: Float[Array, "n K K"] | None
     delta: Float[Array, " P"]
@@ -137,7 +144,7 @@ class HeldWoodbury(AbstractNewtonSteps):
 class Perturbed(AbstractNewtonSteps):
     """Steps where ∇²ℓᵢ has no low rank: one solve with H₋ᵢ = H − (wᵢ/n)∇²ℓᵢ a point."""
 
-    damping: float
+    damping: Scalar
 
     def steps(self, risk, model, factored, jacobian, indices):
         theta, rebuild = ravel(model)
@@ -160,21 +167,22 @@ def woodbury(
     model: Model,
     factored: AbstractFactored,
     jacobian: AbstractJacobian,
-    damping: float,
+    damping: Scalar,
 ) -> AbstractNewtonSteps:
     """`HeldWoodbury` where the curvature is a matrix and P solves are fewer than all rows Aᵢ need."""
     theta, _ = ravel(model)
     rows = jacobian.examples * jacobian.outputs
-    if theta.size > rows or not factored.is_matrix:
+    matrix = factored.matrix
+    if matrix is None or theta.size > rows:
         return Woodbury(damping)
-    return _hold(risk, model, factored, jacobian, damping)
+    return _hold(risk, model, factored, matrix, jacobian, damping)
 
 
 @eqx.filter_jit
-def _hold(risk, model, factored, jacobian, damping) -> HeldWoodbury:
+def _hold(risk, model, factored, matrix, jacobian, damping) -> HeldWoodbury:
     gradient = risk_gradient(risk, model)
     eye = jnp.eye(gradient.size, dtype=gradient.dtype)
-    matrix, inverse = (jax.vmap(fn)(eye) for fn in (factored.matvec, factored.solve))
+    inverse = jax.vmap(factored.solve)(eye)
     delta = -factored.solve(gradient)
     norm = jnp.linalg.norm
     rounding = 3 * (gradient.size + 2) * jnp.finfo(eye.dtype).eps * norm(matrix) * norm(inverse)

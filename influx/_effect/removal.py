@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 
-from .._misc import chunk_length, chunked_map, ravel
+from .._misc import chunk_length, map_blocks, ravel
 from .base import AbstractEffect
 from .derivative import Derivative
 
@@ -32,11 +32,12 @@ class Newton(AbstractEffect):
         query, before = prepared
         indices = jnp.arange(f.risk.n) if indices is None else indices
         theta, _ = ravel(f.model)
-        after = chunked_map(
-            lambda step: _outcome(f, step, query),
-            f.response.displace(indices),
-            chunk_length(4 * theta.size, theta.dtype),
-        )
+
+        def block(places):
+            steps = f.response.displace(indices[places])
+            return jax.vmap(lambda step: _outcome(f, step, query))(steps)
+
+        after = map_blocks(block, indices.size, chunk_length(8 * theta.size, theta.dtype))
         return jnp.moveaxis(after - before[None], 0, -1)
 
 

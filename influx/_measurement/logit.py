@@ -1,4 +1,5 @@
-import equinox as eqx
+import numpy as np
+from jaxtyping import Int
 
 from .base import AbstractOutputMeasurement, MeasurementConstants, select_class, softmax_logits
 
@@ -6,7 +7,7 @@ from .base import AbstractOutputMeasurement, MeasurementConstants, select_class,
 class Logit(AbstractOutputMeasurement):
     """m = z_c(x) for every class c, [C], or for one."""
 
-    class_: int | None = eqx.field(static=True, default=None)
+    class_: Int[np.ndarray, ""] | None = None
 
     def of_output(self, loss, output, target):
         return select_class(softmax_logits(loss, output), self.class_)

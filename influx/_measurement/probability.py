@@ -1,6 +1,6 @@
-import equinox as eqx
 import jax.nn as jnn
 import numpy as np
+from jaxtyping import Int
 
 from .base import AbstractOutputMeasurement, MeasurementConstants, select_class, softmax_logits
 
@@ -13,7 +13,7 @@ class Probability(AbstractOutputMeasurement):
     p_c/2, so its norm is at most ½.
     """
 
-    class_: int | None = eqx.field(static=True, default=None)
+    class_: Int[np.ndarray, ""] | None = None
 
     def of_output(self, loss, output, target):
         return select_class(jnn.softmax(softmax_logits(loss, output)), self.class_)

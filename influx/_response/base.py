@@ -4,6 +4,9 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
+from .._custom_types import Model
+from .._risk import EmpiricalRisk
+
 
 class AbstractResponse(eqx.Module):
     """R = ∂θ̂/∂w, how the trained parameters move when data weights move, behind its products.
@@ -15,6 +18,9 @@ class AbstractResponse(eqx.Module):
     response.columns(response.prepare(V), indices) == response.pull(V)[:, indices]
     ```
     """
+
+    risk: eqx.AbstractVar[EmpiricalRisk]
+    model: eqx.AbstractVar[Model]
 
     @abc.abstractmethod
     def prepare(self, vectors: Float[Array, "k P"]) -> Any:

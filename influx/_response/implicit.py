@@ -60,7 +60,7 @@ class Implicit(AbstractResponse):
     def check_displace(self):
         if self.newton is None:
             raise ValueError(
-                f"{self.curvature} does not say what one point adds to the curvature, so a Newton step "
+                f"{type(self.curvature).__name__} does not say what one point adds to the curvature, so a Newton step "
                 "without that point is undefined. Use Hessian() or GaussNewton(), or "
                 '`removal(f, "first-order")`.'
             )

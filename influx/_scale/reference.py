@@ -1,6 +1,6 @@
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from .base import AbstractScale, nan_ratio
 
@@ -12,7 +12,7 @@ class Reference(AbstractScale):
     of that measurement is undefined and stands as NaN.
     """
 
-    points: tuple[int, ...] = eqx.field(static=True)
+    points: Int[np.ndarray, " r"]
 
     def __init__(self, points):
         chosen = np.atleast_1d(np.asarray(points))
@@ -21,7 +21,7 @@ class Reference(AbstractScale):
                 "`Reference` takes the index of a training point, or several, got "
                 f"{points!r}. For instance `Reference(3)` or `Reference([3, 7])`."
             )
-        self.points = tuple(chosen.tolist())
+        self.points = chosen
 
     def divide(self, scores, indices, quadratic, columns):
         reference = jnp.sum(columns(jnp.asarray(self.points)), axis=1, keepdims=True)
@@ -31,5 +31,7 @@ class Reference(AbstractScale):
         return jnp.zeros((n,), bool)
 
     def check(self, n):
-        if min(self.points) < 0 or max(self.points) >= n:
-            raise ValueError(f"`Reference` points run from 0 to {n - 1}, got {list(self.points)}.")
+        if self.points.min() < 0 or self.points.max() >= n:
+            raise ValueError(
+                f"`Reference` points run from 0 to {n - 1}, got {self.points.tolist()}."
+            )

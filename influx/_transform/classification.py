@@ -1,6 +1,8 @@
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
+
 from .._influence import Influence
 from .._measurement import Logit, Margin, Probability, check_class
 from .._risk import class_logits_shape
@@ -53,4 +55,5 @@ def classification(
             f"`class_` must be the index of one class, got {class_!r}. Leave it out for all classes."
         )
     check_class(class_, logits)
-    return replace(f, measurement={"probability": Probability, "logit": Logit}[kind](class_))
+    chosen = None if class_ is None else np.asarray(class_)
+    return replace(f, measurement={"probability": Probability, "logit": Logit}[kind](chosen))

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from .._custom_types import Model
+from .._custom_types import Model, Scalar, ScalarLike
 from .._misc import check_damping, ravel
 from .._risk import EmpiricalRisk, validate
 from .._train import Newton
@@ -23,7 +23,7 @@ def pbrf(
     *,
     indices=None,
     outcome: Callable[[Any], PyTree[Array]] | None = None,
-    damping: float = 0.0,
+    damping: ScalarLike = 0.0,
     tolerance: float = 1e-10,
     solver: lx.AbstractLinearSolver | None = None,
     chunk_size: int | None = None,
@@ -53,7 +53,7 @@ def pbrf(
     Question?", arXiv:2209.05364.
     """
     validate(risk, model)
-    check_damping(damping)
+    damping = check_damping(damping)
     lanes = check_indices(indices, risk.n)
     trainer = Newton(tolerance, solver=solver)
     check_settings(trainer, outcome, chunk_size)  # before the outputs at θ̂ are computed
@@ -76,7 +76,7 @@ class Proximal(eqx.Module):
     centre: Float[Array, " P"]
     outputs: PyTree[Array]
     slopes: PyTree[Array]
-    damping: float
+    damping: Scalar
 
     @property
     def weights(self) -> Float[Array, " n"]:
@@ -107,7 +107,7 @@ class Proximal(eqx.Module):
 
 
 @eqx.filter_jit
-def proximal(risk: EmpiricalRisk, model: Model, damping: float) -> Proximal:
+def proximal(risk: EmpiricalRisk, model: Model, damping: Scalar) -> Proximal:
     """The objective around `model`: its outputs, and the loss's slope at each, computed once."""
     inputs, targets = risk.data
     outputs = jax.vmap(lambda x: risk.output(model, x))(inputs)
