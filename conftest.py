@@ -7,6 +7,24 @@ from pathlib import Path
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# Annotations are checked where users' mistakes do not reach: those are for `ValueError`s to name.
+_CHECKED = (
+    "_curvature.base",
+    "_curvature.newton_step",
+    "_effect",
+    "_gradients",
+    "_jacobian",
+    "_measurement",
+    "_memorization",
+    "_response",
+    "_scale",
+    "_solver",
+    "_top_k",
+    "_value",
+)
+install_import_hook([f"influx.{module}" for module in _CHECKED], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -10,10 +10,10 @@ from ._misc import check_chunk, chunk_length, chunked_map, ravel
 
 
 class Extremes(eqx.Module):
-    """Scores and the training points they belong to, from the most extreme inwards."""
+    """Scores [m, *c, k] and the training points they belong to, from the most extreme inwards."""
 
-    values: Float[Array, "m *c k"]
-    indices: Int[Array, "m *c k"]
+    values: Float[Array, "*mc k"]
+    indices: Int[Array, "*mc k"]
 
 
 class TopK(eqx.Module):

@@ -81,7 +81,9 @@ def predicted_vs_actual(
     return ax
 
 
-def margins(memorization: Memorization, *, marked=None, ax: Axes | None = None) -> Axes:
+def margins(
+    memorization: Memorization, *, marked=None, marked_name: str = "marked", ax: Axes | None = None
+) -> Axes:
     """What the others give a point against what training on it adds, one mark a training point.
 
     Across: γᵢ(θ̂₋ᵢ), the log-odds margin without the point (right of 0 the others explain it).
@@ -89,7 +91,8 @@ def margins(memorization: Memorization, *, marked=None, ax: Axes | None = None) 
     below the plot's floor are drawn on it). Memorized points lie between 0 and the grey curve on which
     the two add up to 0; points that are not fitted lie beyond it.
 
-    **Arguments:** `marked`: a mask [n] of points to ring, such as labels known to be wrong.
+    **Arguments:** `marked`: a mask [n] of points to ring, such as labels known to be wrong, called
+    `marked_name` in the legend.
     """
     without = np.asarray(memorization.margin_without)
     added = np.asarray(memorization.margin) - without
@@ -106,7 +109,7 @@ def margins(memorization: Memorization, *, marked=None, ax: Axes | None = None) 
             label=f"{name} ({here.sum()})",
         )  # fmt: skip
     if marked is not None:
-        _ring(ax, without, drawn, marked)
+        _ring(ax, without, drawn, marked, marked_name)
     edge = np.geomspace(floor, drawn.max(), 200)
     ax.plot(-edge, edge, color=GREY, lw=1.2, zorder=1)
     ax.annotate(
@@ -124,10 +127,17 @@ def margins(memorization: Memorization, *, marked=None, ax: Axes | None = None) 
     return ax
 
 
-def margins_by_class(memorization: Memorization, labels, *, marked=None, ax: Axes | None = None):
+def margins_by_class(
+    memorization: Memorization,
+    labels,
+    *,
+    marked=None,
+    marked_name: str = "marked",
+    ax: Axes | None = None,
+) -> Axes:
     """The margin without each point by its given class, coloured by memorization label.
 
-    **Arguments:** `labels`: the given classes [n]. `marked`: a mask [n] of points to ring.
+    **Arguments:** `labels`: the given classes [n]. `marked`, `marked_name`: as in `margins`.
     """
     without, given = np.asarray(memorization.margin_without), np.asarray(labels)
     ax = plt.subplots()[1] if ax is None else ax
@@ -140,18 +150,18 @@ def margins_by_class(memorization: Memorization, labels, *, marked=None, ax: Axe
             label=f"{name} ({here.sum()})",
         )  # fmt: skip
     if marked is not None:
-        _ring(ax, without, given + jitter, marked)
+        _ring(ax, without, given + jitter, marked, marked_name)
     ax.axvline(0, color=GREY, lw=1.2, zorder=1)
     ax.set(xlabel="margin without the point (log-odds of its label)", ylabel="given label")
     ax.set_yticks(np.unique(given))
     return ax
 
 
-def _ring(ax: Axes, x, y, marked) -> None:
+def _ring(ax: Axes, x, y, marked, name: str) -> None:
     marked = np.asarray(marked, bool)
     ax.scatter(
         x[marked], y[marked], s=46, facecolor="none", edgecolor=BLACK, lw=0.8, zorder=4,
-        label=f"label flipped ({marked.sum()})",
+        label=f"{name} ({marked.sum()})",
     )  # fmt: skip
 
 

@@ -237,7 +237,6 @@ def test_the_key_alone_decides_the_order():
 def test_a_run_is_differentiable_in_the_data_weights():
     X, y, w = classification(10)
     risk = EmpiricalRisk((X, y), SoftmaxCrossEntropy(), l2=0.1, weights=w)
-    assert SGD.reverse_differentiable
     trainer = SGD(optax.adam(0.1), batch_size=5, epochs=3, key=jr.key(3))
     end = eqx.filter_jit(lambda w: jnp.sum(ravel(run(trainer, risk, linear(C), w)[0])[0] ** 3))
     slope = jax.grad(end)(risk.weights)

@@ -63,7 +63,7 @@ def test_an_infinite_gradient_is_named_with_its_example():
     assert "[4]" in ix.diagnose(f)["finite"].means
 
 
-def test_check_holds_on_a_healthy_problem_and_breaks_on_a_wrong_gradient():
+def test_check_holds_on_a_healthy_problem():
     rng = np.random.default_rng(0)
     data = rng.gamma(2.0, size=(12, 4)) - 1.5, rng.integers(0, 3, 12)
     risk = ix.EmpiricalRisk(data, ix.SoftmaxCrossEntropy(), l2=0.05)
@@ -71,19 +71,34 @@ def test_check_holds_on_a_healthy_problem_and_breaks_on_a_wrong_gradient():
     with jax.numpy_rank_promotion("allow"):
         assert ix.testing.check(risk, model, points=5).holds
 
-    @jax.custom_jvp
-    def wrong(o, y):
-        return 0.5 * jnp.sum((o - y) ** 2)
 
-    @wrong.defjvp
-    def _(primals, tangents):
-        (o, y), (do, _) = primals, tangents
-        return wrong(o, y), 1.1 * jnp.sum((o - y) * do)
+@jax.custom_jvp
+def steep(o, y):
+    return 0.5 * jnp.sum((o - y) ** 2)
 
-    targets = data[0], rng.normal(size=(12, 3))
-    broken = ix.EmpiricalRisk(targets, ix.CustomLoss(wrong), l2=0.05)
+
+@steep.defjvp
+def _(primals, tangents):
+    (o, y), (do, _) = primals, tangents
+    return steep(o, y), 1.1 * jnp.sum((o - y) * do)
+
+
+def severed(o, y):
+    """Half of the outputs get no gradient."""
+    return 0.5 * jnp.sum((jnp.where(jnp.arange(3) < 2, o, jax.lax.stop_gradient(o)) - y) ** 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("wrong", [steep, severed])
+def test_check_breaks_on_a_wrong_gradient(wrong, dtype):
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(12, 4)).astype(dtype), rng.normal(size=(12, 3)).astype(dtype)
+    model = jax.tree.map(lambda p: p.astype(dtype), linear_model(1))
+    right = ix.EmpiricalRisk(data, ix.CustomLoss(lambda o, y: 0.5 * jnp.sum((o - y) ** 2)), l2=0.05)
+    assert ix.testing.check(right, model, points=5).holds
+    broken = ix.EmpiricalRisk(data, ix.CustomLoss(wrong), l2=0.05)
     with pytest.raises(BrokenLaw, match="BROKEN   gradient"):
-        ix.testing.check(broken, linear_model(1), points=5)
+        ix.testing.check(broken, model, points=5)
 
 
 def test_certificates_contain_retraining_for_vector_measurements():

@@ -130,8 +130,9 @@ def margins(results: Results) -> Figure:
     figure = _page(11.5, 5.4)
     left, right = figure.subplots(1, 2)
     flipped = results.problem.flipped if results.problem.flipped.any() else None
-    plot.margins_by_class(results.memorization, results.problem.given, marked=flipped, ax=left)
-    plot.margins(results.memorization, marked=flipped, ax=right)
+    rings = {"marked": flipped, "marked_name": "label flipped"}
+    plot.margins_by_class(results.memorization, results.problem.given, **rings, ax=left)
+    plot.margins(results.memorization, **rings, ax=right)
     left.set_title("Do the other points explain this label?")
     right.set_title("What training on the point adds")
     return figure

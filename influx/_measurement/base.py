@@ -3,10 +3,9 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._custom_types import Example, Model
+from .._custom_types import Example, Model, Scalar
 from .._loss import AbstractLoss
 from .._misc import ravel, take
 from .._risk import EmpiricalRisk, check_queries
@@ -81,9 +80,7 @@ def check_class(class_: int | None, logits: Array | jax.ShapeDtypeStruct) -> Non
         )
 
 
-def select_class(
-    values: Float[Array, " C"], class_: Int[np.ndarray, ""] | None
-) -> Float[Array, "*c"]:
+def select_class(values: Float[Array, " C"], class_: Int[Scalar, ""] | None) -> Float[Array, "*c"]:
     return values if class_ is None else values[class_]
 
 

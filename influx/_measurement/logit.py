@@ -1,13 +1,13 @@
-import numpy as np
 from jaxtyping import Int
 
+from .._custom_types import Scalar
 from .base import AbstractOutputMeasurement, MeasurementConstants, select_class, softmax_logits
 
 
 class Logit(AbstractOutputMeasurement):
     """m = z_c(x) for every class c, [C], or for one."""
 
-    class_: Int[np.ndarray, ""] | None = None
+    class_: Int[Scalar, ""] | None = None
 
     def of_output(self, loss, output, target):
         return select_class(softmax_logits(loss, output), self.class_)

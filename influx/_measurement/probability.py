@@ -2,6 +2,7 @@ import jax.nn as jnn
 import numpy as np
 from jaxtyping import Int
 
+from .._custom_types import Scalar
 from .base import AbstractOutputMeasurement, MeasurementConstants, select_class, softmax_logits
 
 
@@ -13,7 +14,7 @@ class Probability(AbstractOutputMeasurement):
     p_c/2, so its norm is at most ½.
     """
 
-    class_: Int[np.ndarray, ""] | None = None
+    class_: Int[Scalar, ""] | None = None
 
     def of_output(self, loss, output, target):
         return select_class(jnn.softmax(softmax_logits(loss, output)), self.class_)

@@ -60,9 +60,9 @@ class Implicit(AbstractResponse):
     def check_displace(self):
         if self.newton is None:
             raise ValueError(
-                f"{type(self.curvature).__name__} does not say what one point adds to the curvature, so a Newton step "
-                "without that point is undefined. Use Hessian() or GaussNewton(), or "
-                '`removal(f, "first-order")`.'
+                f"{type(self.curvature).__name__} does not say what one point adds to the "
+                "curvature, so a Newton step without that point is undefined. Use Hessian() or "
+                'GaussNewton(), or `removal(f, "first-order")`.'
             )
 
     def newton_steps(self, indices):

@@ -47,8 +47,6 @@ class AbstractTrainer(eqx.Module):
     ```
     """
 
-    reverse_differentiable: eqx.AbstractClassVar[bool]
-
     @abc.abstractmethod
     def init(self, objective: Objective, model: Model, weights: Float[Array, " n"]) -> Any:
         """What all trainings that start at `model` share; `weights` is typical of theirs."""

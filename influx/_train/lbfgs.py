@@ -1,6 +1,6 @@
 """Limited-memory BFGS, by optimistix."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -40,8 +40,6 @@ class LBFGS(AbstractTrainer):
     tolerance: float = eqx.field(default=1e-10, converter=check_tolerance)
     max_steps: int = eqx.field(default=5000, converter=check_count, static=True)
     history: int = eqx.field(default=20, converter=check_count, static=True, kw_only=True)
-
-    reverse_differentiable: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def init(self, objective, model, weights):
         return None

@@ -1,6 +1,6 @@
 """Newton's method, and the chord iteration that shares one inverse between many trainings."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -61,8 +61,6 @@ class Newton(AbstractTrainer):
     tolerance: float = eqx.field(default=1e-10, converter=check_tolerance)
     max_steps: int = eqx.field(default=200, converter=check_count, static=True)
     solver: lx.AbstractLinearSolver | None = None
-
-    reverse_differentiable: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def init(self, objective, model, weights):
         return None
@@ -150,8 +148,6 @@ class Chord(AbstractTrainer):
 
     tolerance: float
     max_steps: int = eqx.field(default=100, static=True)
-
-    reverse_differentiable: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def init(self, objective, model, weights):
         # The explicit inverse: under vmap it is one matrix product for all trainings, where two

@@ -1,6 +1,6 @@
 """Mini-batch training by any optax optimiser."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -43,8 +43,6 @@ class SGD(AbstractTrainer):
     batch_size: int = eqx.field(converter=check_count, static=True, kw_only=True)
     epochs: int = eqx.field(converter=check_count, static=True, kw_only=True)
     key: PRNGKeyArray = eqx.field(kw_only=True)
-
-    reverse_differentiable: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def init(self, objective, model, weights):
         return None
