@@ -16,13 +16,9 @@ _CHECKED = (
     "_effect",
     "_gradients",
     "_jacobian",
-    "_measurement",
-    "_memorization",
     "_response",
     "_scale",
     "_solver",
-    "_top_k",
-    "_value",
 )
 install_import_hook([f"influx.{module}" for module in _CHECKED], "beartype.beartype")
 
