@@ -12,7 +12,8 @@ ORDER = (
     "_custom_types", "_extras", "_agreement", "_misc", "_loss", "_risk", "_restriction",
     "_gradients", "_jacobian", "_solver", "_train", "_truth", "_measurement", "_curvature",
     "_response", "_scale", "_effect", "_influence", "_transform", "_memorization", "_value",
-    "_top_k", "_certify", "_restriction_bound", "_diagnose", "testing",
+    "_top_k", "_certify", "_restriction_bound", "_diagnose", "testing", "plot", "extend",
+    "_demo", "cli",
 )  # fmt: skip
 BLIND = {
     "_gradients",
@@ -56,6 +57,10 @@ def test_imports_go_down_one_list(part):
     for path in files:
         for other in imported(path) - {part}:
             assert ORDER.index(other) < ORDER.index(part), f"{path.name} imports {other}"
+
+
+def test_the_list_is_complete():
+    assert {part_of(p) for p in PACKAGE.rglob("*.py")} == {*ORDER, "__init__", "__main__"}
 
 
 def test_truth_shares_no_code_with_what_it_judges():
