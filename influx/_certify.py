@@ -15,7 +15,7 @@ from ._jacobian import AbstractJacobian, output_jacobian
 from ._loss import LossConstants
 from ._measurement import Margin
 from ._memorization import memorization_label
-from ._misc import einsum, map_blocks, ravel, take
+from ._misc import einsum, map_blocks, ravel, require_concrete, take
 from ._response import implicit_response
 from ._risk import class_logits_shape
 from ._scale import Unscaled
@@ -117,6 +117,7 @@ def _check(f: Influence, tier: int, refine: int) -> None:
             f"`refine` counts chord steps, 0 or more, and each evaluates a gradient, which tier 2 "
             f"never does; got refine={refine} at tier={tier}. Use tier=1."
         )
+    require_concrete("certify", f)
     if not isinstance(f.scale, Unscaled) or f.masks is not None:
         raise ValueError(
             "`certify` encloses removals of single points: use `f` without `relative` or `groups`."

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool
 from ._curvature import AbstractFactored
 from ._gradients import map_gradients, risk_gradient
 from ._influence import Influence
-from ._misc import ravel
+from ._misc import ravel, require_concrete
 from ._response import implicit_response
 from ._solver.bounds import lanczos
 
@@ -71,6 +71,7 @@ def diagnose(f: Influence) -> Diagnosis:
     **Cost:** n solves, and for a dense curvature its eigenvalues, O(P³).
     """
     response = implicit_response(f.response, "diagnose")
+    require_concrete("diagnose", f)
     finite = _finite(f)
     if finite.verdict == "bad":
         return Diagnosis((finite,))

@@ -35,6 +35,15 @@ def is_concrete(tree: PyTree) -> bool:
     return not any(isinstance(x, jax.core.Tracer) for x in jtu.tree_leaves(tree))
 
 
+def require_concrete(verb: str, *trees: PyTree) -> None:
+    """Refuse to run inside a trace, for verbs that look at numbers to decide."""
+    if not is_concrete(trees):
+        raise ValueError(
+            f"`{verb}` looks at numbers to decide what it answers, and inside `jax.jit`, `jax.vmap` or "
+            "`jax.grad` there are none yet. Call it outside."
+        )
+
+
 def leading_length(tree: PyTree) -> int:
     return jtu.tree_leaves(tree)[0].shape[0]
 

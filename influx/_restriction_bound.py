@@ -15,7 +15,7 @@ from ._custom_types import Model, Scores, Where
 from ._effect import Derivative
 from ._gradients import example_gradient
 from ._influence import Influence
-from ._misc import chunk_length, chunked_map, dot, ravel
+from ._misc import chunk_length, chunked_map, dot, ravel, require_concrete
 from ._response import Implicit, implicit_response
 from ._restriction import restrict, selected
 from ._risk import EmpiricalRisk
@@ -80,6 +80,7 @@ def restriction_bound(
             "`groups`."
         )
     response = implicit_response(f.response, "restriction_bound")
+    require_concrete("restriction_bound", f)
     low = response.curvature.lower_end(f.risk, f.model)
     if low is None or not low > 0:
         raise ValueError(

@@ -11,7 +11,7 @@ from ._custom_types import Model
 from ._gradients import example_gradient, risk_gradient
 from ._influence import Influence, influence
 from ._loss import AbstractLoss
-from ._misc import ravel, ravel_gradient, take
+from ._misc import ravel, ravel_gradient, require_concrete, take
 from ._risk import EmpiricalRisk, class_logits_shape, validate
 from ._train.base import AbstractTrainer
 from ._train.newton import Newton
@@ -83,6 +83,7 @@ def check(
     **Returns:** a `Report`. **Raises:** `BrokenLaw` (an `AssertionError`) with the table where one
     fails; `ValueError` where risk and model do not fit.
     """
+    require_concrete("check", risk, model)
     validate(risk, model)
     chosen = np.random.default_rng(seed).permutation(risk.n)[: min(points, risk.n)]
     indices = jnp.asarray(np.sort(chosen))

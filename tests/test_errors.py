@@ -1005,6 +1005,29 @@ def test_a_fisher_of_a_loss_without_a_distribution_is_refused():
         ix.influence(custom, model, ix.Fisher("sampled", key=jr.key(0)))
 
 
+# --- inside a trace there are no numbers to look at --------------------------------------------------
+
+DECIDES = {
+    "fit": lambda w, m: ix.fit(w.f.risk, m, ix.Newton()),
+    "leave_one_out": lambda w, m: ix.leave_one_out(w.f.risk, m, ix.Newton()),
+    "leave_subset_out": lambda w, m: ix.leave_subset_out(w.f.risk, m, ix.Newton(), masks=MASKS),
+    "pbrf": lambda w, m: ix.pbrf(w.f.risk, m),
+    "check": lambda w, m: ix.testing.check(w.f.risk, m),
+    "certify": lambda w, m: ix.certify(ix.influence(w.f.risk, m)),
+    "diagnose": lambda w, m: ix.diagnose(ix.influence(w.f.risk, m)),
+    "restriction_bound": lambda w, m: ix.restriction_bound(
+        ix.influence(w.f.risk, m), lambda k: k.bias, (Xq, yq)
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", DECIDES)
+def test_verbs_that_decide_are_refused_inside_a_trace(verb):
+    traced = eqx.filter_jit(lambda model: DECIDES[verb](world(), model))
+    with pytest.raises(ValueError, match=f"`{verb}` looks at numbers.*Call it outside"):
+        traced(world().model)
+
+
 # --- The counter counts, and good input passes ----------------------------------------------------
 
 

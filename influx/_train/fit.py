@@ -1,6 +1,7 @@
 import equinox as eqx
 
 from .._custom_types import Model
+from .._misc import require_concrete
 from .._risk import EmpiricalRisk, validate
 from .base import AbstractTrainer, Trained, check_trainer
 
@@ -19,6 +20,7 @@ def fit(risk: EmpiricalRisk, model: Model, trainer: AbstractTrainer) -> Model:
     the trainer did not converge, with the gradient norm it reached and what to change.
     """
     check_trainer(trainer)
+    require_concrete("fit", risk, model)
     validate(risk, model)
     trained_model, trained = _fit(risk, model, trainer)
     if not bool(trained.converged):

@@ -4,6 +4,7 @@ from typing import Any
 from jaxtyping import Array, PyTree
 
 from .._custom_types import Model
+from .._misc import require_concrete
 from .._risk import EmpiricalRisk, validate
 from .._train import AbstractTrainer
 from .retrain import check_indices, erase, retrain
@@ -50,6 +51,7 @@ def leave_one_out(
     **Source:** the definition of influence's target: Cook & Weisberg, "Residuals and Influence in
     Regression" (1982).
     """
+    require_concrete("leave_one_out", risk, model)
     validate(risk, model)
     return retrain(
         risk,

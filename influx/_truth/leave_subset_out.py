@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import Model
+from .._misc import require_concrete
 from .._risk import EmpiricalRisk, checked_masks, validate
 from .._train import AbstractTrainer
 from .retrain import multiply, retrain
@@ -33,6 +34,7 @@ def leave_subset_out(
     **Raises:** `ValueError` for masks of another shape or below 0; `RuntimeError` naming the
     trainings that did not converge.
     """
+    require_concrete("leave_subset_out", risk, model0)
     validate(risk, model0)
     masks = _checked_masks(masks, risk)
     return retrain(

@@ -11,7 +11,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Model, Scalar, ScalarLike
-from .._misc import check_damping, ravel
+from .._misc import check_damping, ravel, require_concrete
 from .._risk import EmpiricalRisk, validate
 from .._train import Newton
 from .retrain import check_indices, check_settings, erase, retrain
@@ -52,6 +52,7 @@ def pbrf(
     **Source:** Bae, Ng, Lo, Ghassemi & Grosse, "If Influence Functions are the Answer, Then What is the
     Question?", arXiv:2209.05364.
     """
+    require_concrete("pbrf", risk, model)
     validate(risk, model)
     damping = check_damping(damping)
     lanes = check_indices(indices, risk.n)
