@@ -17,7 +17,7 @@ from ._measurement import Margin
 from ._memorization import memorization_label
 from ._misc import einsum, map_blocks, ravel, require_concrete, take
 from ._response import implicit_response
-from ._risk import class_logits_shape
+from ._risk import class_logits_shape, require_labels
 from ._scale import Unscaled
 
 # What the points of one block need should stay in cache.
@@ -97,6 +97,7 @@ def certify(
         if mean:
             raise ValueError("`mean=True` averages over queries: pass them.")
         class_logits_shape(f.risk, f.model)
+        require_labels(f.risk)
         return _own_margins(f, indices, tier, refine)
     f.measurement.check(f.risk, f.model, queries)
     example = eqx.filter_eval_shape(f.measurement, f.risk, f.model, take(queries, 0))
@@ -112,10 +113,12 @@ def certify(
 def _check(f: Influence, tier: int, refine: int) -> None:
     if tier not in (1, 2):
         raise ValueError(f"`tier` must be 1 or 2, got {tier!r}.")
-    if not isinstance(refine, Integral) or refine < 0 or (tier == 2 and refine > 0):
+    if not isinstance(refine, Integral) or refine < 0:
+        raise ValueError(f"`refine` counts chord steps, 0 or more; got {refine!r}.")
+    if tier == 2 and refine > 0:
         raise ValueError(
-            f"`refine` counts chord steps, 0 or more, and each evaluates a gradient, which tier 2 "
-            f"never does; got refine={refine} at tier={tier}. Use tier=1."
+            f"Each of `refine`'s chord steps evaluates a gradient, which tier 2 never does; got "
+            f"refine={refine} at tier=2. Use tier=1."
         )
     require_concrete("certify", f)
     if not isinstance(f.scale, Unscaled) or f.masks is not None:
@@ -151,7 +154,8 @@ def _checked_indices(f: Influence, indices) -> Int[Array, " k"]:
     wrong_kind = indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer)
     if wrong_kind or indices.size == 0 or int(indices.min()) < 0 or int(indices.max()) >= f.risk.n:
         raise ValueError(
-            f"`indices` must be a list of training points between 0 and {f.risk.n - 1}, got {indices}."
+            f"`indices` must be a list of training points between 0 and {f.risk.n - 1}, got shape "
+            f"{indices.shape} of {indices.dtype}. For a mask write `np.flatnonzero(mask)`."
         )
     return indices
 

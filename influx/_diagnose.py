@@ -5,14 +5,17 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from ._curvature import AbstractFactored
 from ._gradients import map_gradients, risk_gradient
 from ._influence import Influence
-from ._misc import ravel, require_concrete
+from ._misc import ravel, require_concrete, take
 from ._response import implicit_response
 from ._solver.bounds import lanczos
+
+# Solves of a curvature that is no matrix are dear: that many training points and directions are drawn.
+_DRAWN = 32
 
 VERDICT_ORDER = ("good", "warning", "bad")
 
@@ -68,7 +71,8 @@ def diagnose(f: Influence) -> Diagnosis:
     |gᵀ(x − x*)| ≤ ‖g‖‖r‖/λ_min, relative to a typical √(sᵢsⱼ). Measurement and effect of `f` play no
     part.
 
-    **Cost:** n solves, and for a dense curvature its eigenvalues, O(P³).
+    **Cost:** n solves, and for a dense curvature its eigenvalues, O(P³); for any other 32 points and 32
+    directions stand for all, and the figures say so.
     """
     response = implicit_response(f.response, "diagnose")
     require_concrete("diagnose", f)
@@ -79,12 +83,12 @@ def diagnose(f: Influence) -> Diagnosis:
     low, high = _extremes(f, response.factored)
     return Diagnosis((
         finite,
-        _stationarity(state),
+        _stationarity(state, f.risk.n),
         _spectrum(f, low, high),
         _dimension(f),
         _solve(state, low),
         _precision(state),
-        _self_influence(state),
+        _self_influence(state, f.risk.n),
         _undefined(f),
     ))  # fmt: skip
 
@@ -120,6 +124,7 @@ def _finite(f: Influence) -> Finding:
 def _measure(f: Influence) -> dict:
     theta, _ = ravel(f.model)
     squares = map_gradients(lambda _, g: jnp.vdot(g, g), f.risk, f.model)
+    drawn = _drawn(f)
     gradient = risk_gradient(f.risk, f.model)
     u, v = jr.normal(jr.key(0), (2, theta.size), theta.dtype)
     factored = implicit_response(f.response, "diagnose").factored
@@ -130,19 +135,26 @@ def _measure(f: Influence) -> dict:
         solved, done = factored.try_solve(g)
         return jnp.vdot(g, solved), jnp.linalg.norm(g - factored.matvec(solved)), done
 
-    s, residuals, done = map_gradients(self_product, f.risk, f.model)
+    data = take(f.risk.data, drawn)
+    s, residuals, done = map_gradients(self_product, f.risk, f.model, data)
     return {
         "gradient": jnp.linalg.norm(gradient),
         "typical": jnp.sqrt(jnp.mean(squares)),
         "self": s,
-        "weights": f.risk.weights,
+        "rise": f.risk.weights[drawn] * s / f.risk.n,
         "residuals": residuals,
-        "norms": jnp.sqrt(squares),
+        "norms": jnp.sqrt(squares[drawn]),
         "probe": jnp.linalg.norm(u - factored.matvec(x)) / jnp.linalg.norm(u),
         "converged": converged & jnp.all(done),
         "asymmetry": jnp.abs(jnp.vdot(v, x) - jnp.vdot(u, y))
         / jnp.sqrt(jnp.abs(jnp.vdot(u, x) * jnp.vdot(v, y))),
     }
+
+
+def _drawn(f: Influence) -> Int[Array, " k"]:
+    """The training points that are solved with: all where the curvature is a matrix."""
+    few = implicit_response(f.response, "diagnose").factored.matrix is None and f.risk.n > _DRAWN
+    return jr.permutation(jr.key(3), f.risk.n)[:_DRAWN] if few else jnp.arange(f.risk.n)
 
 
 def _extremes(f: Influence, factored: AbstractFactored) -> tuple[float, float]:
@@ -163,8 +175,7 @@ def _lanczos(f: Influence, factored: AbstractFactored):
     return lanczos(factored.matvec, start, min(40, theta.size))
 
 
-def _stationarity(state: dict) -> Finding:
-    n = state["weights"].shape[0]
+def _stationarity(state: dict, n: int) -> Finding:
     ratio = float(state["gradient"] / (state["typical"] / n))
     return _finding(
         "stationarity",
@@ -173,7 +184,8 @@ def _stationarity(state: dict) -> Finding:
         "Influence is the derivative at a minimum: what is left of training is compared with what "
         "removing one point does.",
         "Train further: `model = influx.fit(risk, model, influx.Newton())`, or "
-        'LBFGS() for a network; `removal(f, "newton")` subtracts what is left of training.',
+        'LBFGS() for a network of smooth activations; `removal(f, "newton")` subtracts what is left of '
+        "training, and `pbrf` is the ground truth of a network as it is.",
     )
 
 
@@ -201,24 +213,24 @@ def _dimension(f: Influence) -> Finding:
         _judge(-dimension, -1.0, -0.1),
         "Directions whose size the data decide rather than l2 and damping. Near 0, influence is a "
         "gradient dot product in disguise.",
-        "Lower the damping (it is added to a curvature that already contains l2).",
+        "Lower l2, or the damping (which is added to a curvature that already contains l2).",
     )
 
 
 @eqx.filter_jit
 def _effective_dimension(f: Influence):
-    """tr (H − l2)(H + λ)⁻¹ = P − tr (l2 + λ)(H + λ)⁻¹: exact for P ≤ 2000, else from 64 sign probes
-    with their standard error."""
+    """tr (H − l2)(H + λ)⁻¹ = P − tr (l2 + λ)(H + λ)⁻¹: exact for a matrix of P ≤ 2000, else from sign
+    probes with their standard error."""
     theta, _ = ravel(f.model)
     response = implicit_response(f.response, "diagnose")
     prior = f.risk.l2_vector(f.model) + jnp.asarray(response.curvature.damping, theta.dtype)
     form = lambda z: jnp.vdot(prior * z, response.factored.try_solve(z)[0])
-    if theta.size <= 2000:
+    if theta.size <= (2000 if response.factored.matrix is not None else _DRAWN):
         basis = jnp.eye(theta.size, dtype=theta.dtype)
         return theta.size - jnp.sum(jax.lax.map(form, basis, batch_size=64)), 0.0
-    signs = jr.rademacher(jr.key(2), (64, theta.size)).astype(theta.dtype)
+    signs = jr.rademacher(jr.key(2), (_DRAWN, theta.size)).astype(theta.dtype)
     samples = theta.size - jax.lax.map(form, signs)
-    return jnp.mean(samples), jnp.std(samples, ddof=1) / 8
+    return jnp.mean(samples), jnp.std(samples, ddof=1) / jnp.sqrt(jnp.asarray(_DRAWN, theta.dtype))
 
 
 def _solve(state: dict, low: float) -> Finding:
@@ -251,12 +263,13 @@ def _precision(state: dict) -> Finding:
     )
 
 
-def _self_influence(state: dict) -> Finding:
-    rise = np.asarray(state["weights"] * state["self"]) / state["weights"].shape[0]
-    top = float(np.max(rise))
+def _self_influence(state: dict, n: int) -> Finding:
+    rise = np.asarray(state["rise"])
+    top, drawn = float(np.max(rise)), f" of {rise.size} drawn" if rise.size < n else ""
     return _finding(
         "self-influence",
-        f"own loss rises by up to {top:.2f} on removal, {int((rise > 0.2).sum())} points above 0.2",
+        f"own loss rises by up to {top:.2f} on removal, "
+        f"{int((rise > 0.2).sum())} points{drawn} above 0.2",
         "good" if top < 0.2 else "warning",
         "Where removing a point moves its own loss by much, the model without it is far off, and "
         "first order, a tangent, misjudges the change: most often it underestimates it.",

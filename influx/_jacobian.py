@@ -326,7 +326,7 @@ def is_affine(risk: EmpiricalRisk, model: Model) -> bool:
         return False
     try:
         jax.eval_shape(lambda ct: jax.linear_transpose(output, theta)(ct), shape)
-    except (NotImplementedError, TypeError, ValueError, AssertionError, KeyError):
+    except Exception:  # each primitive that cannot be transposed says so in its own way
         return False
     return True
 
@@ -334,6 +334,7 @@ def is_affine(risk: EmpiricalRisk, model: Model) -> bool:
 def output_jacobian(risk: EmpiricalRisk, model: Model, inputs=None) -> AbstractJacobian:
     """The Jacobians of the outputs at `inputs` (the training inputs by default), as a head's where
     they have exactly its structure on every one of them."""
+    require_array_output(risk, model)
     inputs = risk.data[0] if inputs is None else inputs
     general = OutputJacobian(risk, model, inputs)
     layout = _head_layout(risk, model)
@@ -343,6 +344,16 @@ def output_jacobian(risk: EmpiricalRisk, model: Model, inputs=None) -> AbstractJ
     if not is_concrete(is_head) or not bool(is_head):  # inside a trace nothing can be compared
         return general
     return HeadJacobian(features, *layout)
+
+
+def require_array_output(risk: EmpiricalRisk, model: Model) -> None:
+    output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
+    if not isinstance(output, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"A Gauss–Newton or Fisher matrix needs outputs that are one array, got {output}. Join "
+            "them in `predict`, e.g. by `jnp.concatenate`, and take them apart in the loss; or use "
+            "Hessian()."
+        )
 
 
 def _head_layout(risk: EmpiricalRisk, model: Model) -> tuple[int, tuple[int, ...]] | None:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ._influence import Influence
 from ._measurement import Margin
 from ._misc import chunk_length, map_blocks, ravel, take
-from ._risk import class_logits_shape
+from ._risk import class_logits_shape, require_labels
 
 LABELS = ("generalized upon", "memorized", "not fitted")
 
@@ -59,6 +59,7 @@ def memorization(f: Influence, step: Literal["first-order", "newton"] = "newton"
     if step not in ("first-order", "newton"):
         raise ValueError(f'`step` must be "first-order" or "newton", got {step!r}.')
     class_logits_shape(f.risk, f.model)
+    require_labels(f.risk)
     if step == "newton":
         f.response.check_displace()
     return _memorization(f, step)

@@ -75,6 +75,11 @@ def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[Empirical
     arXiv:1703.04730, for the last layer; the bound is this project's (P9).
     """
     validate(risk, model)
+    if isinstance(where, eqx.Module) or not callable(where):
+        raise ValueError(
+            f"`where` must be a function that selects a part of the model, as in "
+            f"`lambda m: m.layers[-1]`, got a {type(where).__name__}."
+        )
     params = eqx.filter(model, eqx.is_inexact_array)
     try:
         part, small_l2 = where(model), where(l2_tree(risk.l2, params))

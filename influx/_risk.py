@@ -245,8 +245,8 @@ def _checked_data(data, what: str = "data"):
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise ValueError(
             f"`{what}` must be a pair (inputs, targets), got {_describe(data)}. "
-            "Several inputs or targets go in a tuple or dict of their own; without targets, pass the "
-            "inputs twice."
+            "Several inputs or targets go in a tuple or dict of their own. Where nothing reads the "
+            "targets any valid ones do, such as zeros."
         )
     check_axes(data, what)
     return jtu.tree_map(jnp.asarray, tuple(data))
@@ -286,10 +286,10 @@ def check_axes(data: PyTree[Array], what: str) -> None:
 
 def _check_numeric(leaf, name: str) -> None:
     dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
+    if not isinstance(dtype, np.dtype):
         raise ValueError(
-            f"{name} must be a numeric array, got {type(leaf).__name__}. Lists become arrays by "
-            "`np.asarray(...)`, anything else is to be encoded as numbers first."
+            f"{name} must be a numeric array, got {type(leaf).__name__}. Lists, tensors and the like "
+            "become arrays by `np.asarray(...)`, anything else is to be encoded as numbers first."
         )
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(
@@ -397,6 +397,11 @@ def _check_parameters(model: Model) -> None:
                 f"The parameter {jtu.keystr(path)} is {leaf.dtype}; influx needs real ones. Keep the "
                 "real and the imaginary part as two real arrays."
             )
+        if jnp.finfo(leaf.dtype).bits < 32:
+            raise ValueError(
+                f"The parameter {jtu.keystr(path)} is {leaf.dtype}, in which no curvature can be "
+                "factored. Convert model and data to float32, or better float64."
+            )
         if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(
                 f"The parameter {jtu.keystr(path)} is NaN or infinite: training diverged. "
@@ -405,13 +410,14 @@ def _check_parameters(model: Model) -> None:
 
 
 def _check_layers(model: Model) -> None:
-    is_layer = lambda x: isinstance(x, (eqx.nn.StateIndex, eqx.nn.Dropout))
+    frozen = lambda x: isinstance(x, eqx.nn.StatefulLayer) and getattr(x, "inference", False)
+    is_layer = lambda x: isinstance(x, (eqx.nn.StateIndex, eqx.nn.Dropout)) or frozen(x)
     for path, layer in jtu.tree_leaves_with_path(model, is_leaf=is_layer):
         if isinstance(layer, eqx.nn.StateIndex):
             raise ValueError(
                 f"The layer at {jtu.keystr(path[:-1])} keeps state (BatchNorm): the loss of one "
-                "example then depends on the others. Use GroupNorm or LayerNorm, or fold the "
-                "running statistics into constants."
+                "example then depends on the others. Freeze it, `model = eqx.nn.inference_mode(model)` "
+                "with `predict=lambda m, x: m(x, state)[0]`; or use GroupNorm or LayerNorm."
             )
         if isinstance(layer, eqx.nn.Dropout) and not layer.inference and float(layer.p) > 0:
             raise ValueError(
@@ -430,3 +436,14 @@ def class_logits_shape(risk: EmpiricalRisk, model: Model) -> jax.ShapeDtypeStruc
             "Return one from `logits=`: for a binary output z that is `jnp.stack([0 * z, z])`."
         )
     return logits
+
+
+def require_labels(risk: EmpiricalRisk) -> None:
+    """Margins are those of one label per example."""
+    labels = risk.data[1]
+    if not isinstance(labels, jax.Array) or labels.size != risk.n:
+        shapes = jtu.tree_map(jnp.shape, labels)
+        raise ValueError(
+            f"A margin is that of one label per example, and the targets have shapes {shapes}. Use "
+            "`influx.measure(f, fn)` for a margin of your own."
+        )

@@ -1,4 +1,5 @@
 import abc
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import Model, Scalar, ScalarLike
 from .._jacobian import AbstractJacobian
-from .._misc import chunk_length, is_concrete
+from .._misc import chunk_length, is_concrete, ravel
 from .._risk import EmpiricalRisk
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ class AbstractFactored(eqx.Module):
         return eqx.error_if(
             x,
             ~converged,
-            "A linear solve with the curvature did not converge. Allow more steps (`max_steps=`), "
-            "a looser `rtol=`, more `damping=`, or solve directly (without CG). "
-            "`influx.diagnose(f)` prints the residual.",
+            "A linear solve with the curvature did not converge. Use more `damping=`, float64 "
+            "(float32 keeps 7 digits, which an ill-conditioned curvature uses up), more steps "
+            "(`max_steps=`), a looser `rtol=`, or a direct solve (without CG).",
         )
 
 
@@ -83,7 +84,7 @@ class Factored(AbstractFactored):
     def perturbed(self, matvec):
         if self.matrix is None:
             raise NotImplementedError("Only a matrix takes another one on.")
-        added = jax.lax.map(matvec, jnp.eye(self.matrix.shape[0], dtype=self.matrix.dtype))
+        added = jax.vmap(matvec)(jnp.eye(self.matrix.shape[0], dtype=self.matrix.dtype))
         return Factored(symmetric(self.matrix + added), self.solver)
 
 
@@ -149,7 +150,24 @@ class AbstractMatrixCurvature(AbstractCurvature):
         """H, undamped."""
 
     def factor(self, risk, model):
+        _check_fits(model)
         return factor_matrix(self.matrix(risk, model), self.damping)
+
+
+def _check_fits(model: Model) -> None:
+    """Refuse a dense matrix that this machine cannot hold."""
+    theta, _ = ravel(model)
+    size = theta.size**2 * theta.dtype.itemsize
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system says
+        return
+    if size > memory:
+        raise ValueError(
+            f"A dense curvature of {theta.size:,} parameters takes {size / 1e9:,.0f} GB, and this "
+            f"machine has {memory / 1e9:,.0f}. Use CG(GaussNewton()), which never forms it, or keep "
+            "fewer parameters: `influx.restrict(risk, model, lambda m: m.layers[-1])`."
+        )
 
 
 def factor_matrix(matrix: Float[Array, "P P"], damping: ScalarLike) -> Factored:

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from .._custom_types import Scalar
-from .._jacobian import output_jacobian
+from .._jacobian import output_jacobian, require_array_output
 from .._misc import check_damping, ravel
 from .base import AbstractMatrixCurvature, least_penalty
 from .newton_step import woodbury
@@ -40,6 +40,7 @@ class GaussNewton(AbstractMatrixCurvature):
 
 def _gauss_newton_matvec(risk, model, middle):
     """v ↦ (1/n) Σ wᵢ Aᵢᵀ Sᵢ Aᵢ v + l2 v, by one forward and one reverse product."""
+    require_array_output(risk, model)
     theta, rebuild = ravel(model)
     outputs = lambda t: jax.vmap(lambda x: risk.output(rebuild(t), x))(risk.data[0])
     out, push = jax.linearize(outputs, theta)

@@ -1,6 +1,7 @@
 """Curvatures that are never formed: their products, and an iterative solver of lineax."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,6 +18,11 @@ from .._solver.bounds import lanczos
 from .._solver.minres import MINRES as MinresSolver
 from .base import AbstractCurvature, AbstractFactored, check_curvature
 
+# lineax's CG takes a matrix for singular where a direction's eigenvalue is below 100·eps·P, an absolute
+# number: 0.007 in float32 with 600 parameters. In units of 2⁻³⁰ (no rounding) it means eigenvalues that
+# are below any damping or l2 in use.
+_CG_UNIT = 2.0**30
+
 
 class CG(AbstractCurvature):
     """Solves with a curvature by conjugate gradients on its products: O(P) memory.
@@ -24,8 +30,9 @@ class CG(AbstractCurvature):
     **Arguments:**
 
     - `curvature`: what to solve with, e.g. `GaussNewton(damping=1e-3)`. Its damping is the only one.
-    - `rtol`: a solve ends at ‖Hx − v‖ ≤ rtol·‖v‖.
-    - `max_steps`: default 10·P.
+    - `rtol`: a solve ends at ‖Hx − v‖ ≤ rtol·‖v‖; by default at 1e-10, and in float32, where that is
+      out of reach, at 1e-4.
+    - `max_steps`: default 10·P, but at most 2,000.
 
     A solve that does not meet its tolerance is an error, not a number. A curvature with a negative
     Ritz value on 20 Lanczos steps is refused as indefinite. One step costs one product: 4–8 gradients
@@ -36,11 +43,15 @@ class CG(AbstractCurvature):
     """
 
     curvature: AbstractCurvature
-    rtol: float
+    rtol: float | None
     max_steps: int | None = eqx.field(static=True)
 
     def __init__(
-        self, curvature: AbstractCurvature, *, rtol: float = 1e-10, max_steps: int | None = None
+        self,
+        curvature: AbstractCurvature,
+        *,
+        rtol: float | None = None,
+        max_steps: int | None = None,
     ):
         self.curvature = check_curvature(curvature)
         self.rtol, self.max_steps = _checked_settings(rtol, max_steps)
@@ -56,8 +67,9 @@ class CG(AbstractCurvature):
         return self.curvature.lower_end(risk, model)
 
     def factor(self, risk, model):
-        solver = lx.CG(rtol=0.0, atol=self.rtol, max_steps=_steps(self.max_steps, model))
-        factored = Iterative(risk, model, self.curvature, solver)
+        rtol, steps = _limits(self.rtol, self.max_steps, model)
+        solver = lx.CG(rtol=0.0, atol=rtol, max_steps=steps)
+        factored = Iterative(risk, model, self.curvature, solver, _CG_UNIT)
         if is_concrete((risk, model)):
             _check_ritz(factored)
         return factored
@@ -78,11 +90,15 @@ class MINRES(AbstractCurvature):
     """
 
     curvature: AbstractCurvature
-    rtol: float
+    rtol: float | None
     max_steps: int | None = eqx.field(static=True)
 
     def __init__(
-        self, curvature: AbstractCurvature, *, rtol: float = 1e-10, max_steps: int | None = None
+        self,
+        curvature: AbstractCurvature,
+        *,
+        rtol: float | None = None,
+        max_steps: int | None = None,
     ):
         self.curvature = check_curvature(curvature)
         self.rtol, self.max_steps = _checked_settings(rtol, max_steps)
@@ -98,15 +114,17 @@ class MINRES(AbstractCurvature):
         return self.curvature.lower_end(risk, model)
 
     def factor(self, risk, model):
-        solver = MinresSolver(rtol=0.0, atol=self.rtol, max_steps=_steps(self.max_steps, model))
-        return Iterative(risk, model, self.curvature, solver)
+        rtol, steps = _limits(self.rtol, self.max_steps, model)
+        solver = MinresSolver(rtol=0.0, atol=rtol, max_steps=steps)
+        return Iterative(risk, model, self.curvature, solver, 1.0)
 
     def newton_steps(self, risk, model, factored, jacobian):
         return self.curvature.newton_steps(risk, model, factored, jacobian)
 
 
 class Iterative(AbstractFactored):
-    """H + λI behind its products, and a lineax solver. `added` is a matrix on top of it, if any.
+    """H + λI behind its products, and a lineax solver, which sees it `unit` times larger. `added` is a
+    matrix on top of it, if any.
 
     The solver sees v scaled to entries of size 1, so that its absolute tolerance is relative to v.
     lineax's own `rtol` is relative to each entry of v by itself, which no step can meet where v has
@@ -117,6 +135,7 @@ class Iterative(AbstractFactored):
     model: Model
     curvature: AbstractCurvature
     solver: lx.AbstractLinearSolver
+    unit: float
     added: Callable[[Array], Array] | None = None
 
     @property
@@ -132,29 +151,40 @@ class Iterative(AbstractFactored):
 
     def try_solve(self, v):
         size = jnp.linalg.norm(v) / jnp.sqrt(jnp.asarray(v.size, v.dtype))
-        unit = jnp.where(size == 0, 1, size)
+        size = jnp.where(size == 0, 1, size)
+        matvec = self.matvec
         # MINRES reads the first tag only; CG needs the second.
         tags = lx.symmetric_tag, lx.positive_semidefinite_tag
-        operator = lx.FunctionLinearOperator(self.matvec, jax.eval_shape(lambda: v), tags)
+        larger = lambda p: self.unit * matvec(p)
+        operator = lx.FunctionLinearOperator(larger, jax.eval_shape(lambda: v), tags)
         with jax.default_matmul_precision("highest"):
-            solution = lx.linear_solve(operator, v / unit, self.solver, throw=False)
-        converged = solution.result == lx.RESULTS.successful
-        return solution.value * unit, converged | (size == 0)
+            solution = lx.linear_solve(operator, v / size, self.solver, throw=False)
+        return solution.value * (self.unit * size), solution.result == lx.RESULTS.successful
 
     def perturbed(self, matvec):
-        return Iterative(self.risk, self.model, self.curvature, self.solver, matvec)
+        parts = self.risk, self.model, self.curvature, self.solver, self.unit
+        return Iterative(*parts, added=matvec)
 
 
-def _checked_settings(rtol: float, max_steps: int | None) -> tuple[float, int | None]:
-    if not (np.isfinite(rtol) and rtol > 0):
-        raise ValueError(f"`rtol` must be a positive number such as 1e-10, got {rtol}.")
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}. Use None for 10·P.")
+def _checked_settings(rtol: Any, max_steps: Any) -> tuple[Any, Any]:
+    positive = isinstance(rtol, int | float | np.number) and np.isfinite(rtol) and rtol > 0
+    if rtol is not None and not positive:
+        raise ValueError(
+            f"`rtol` must be a positive number such as 1e-10, got {rtol!r}. None chooses one."
+        )
+    if max_steps is not None and not (isinstance(max_steps, int) and max_steps >= 1):
+        raise ValueError(
+            f"`max_steps` must be a whole number, at least 1, got {max_steps!r}. None chooses one."
+        )
     return rtol, max_steps
 
 
-def _steps(max_steps: int | None, model: Model) -> int:
-    return 10 * ravel(model)[0].size if max_steps is None else max_steps
+def _limits(rtol: float | None, max_steps: int | None, model: Model) -> tuple[float, int]:
+    """The relative residual and the number of steps at which a solve ends."""
+    theta, _ = ravel(model)
+    reachable = 1e-10 if theta.dtype == jnp.float64 else 1e-4
+    steps = min(10 * theta.size, 2000)
+    return reachable if rtol is None else rtol, steps if max_steps is None else max_steps
 
 
 @eqx.filter_jit

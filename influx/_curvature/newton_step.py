@@ -155,7 +155,14 @@ class Perturbed(AbstractNewtonSteps):
             grad = lambda t: example_gradient(risk, rebuild(t), example)
             lost = lambda v: -share * jax.jvp(grad, (theta,), (v,))[1]
             slope = gradient - share * grad(theta)
-            step = -factored.perturbed(lost).solve(slope)
+            solved, done = factored.perturbed(lost).try_solve(slope)
+            step = -eqx.error_if(
+                solved,
+                ~done | ~jnp.all(jnp.isfinite(solved)),
+                "Without one of the training points the Hessian is not positive definite, or the solve "
+                "with it did not converge: there is no Newton step to take. Use GaussNewton(), which "
+                'stays positive definite, more `damping=`, or `removal(f, "first-order")`.',
+            )
             kept = factored.matvec(step) - jnp.asarray(self.damping, step.dtype) * step
             return step, jnp.linalg.norm(slope + kept + lost(step))
 

@@ -75,6 +75,10 @@ def demo(
         raise typer.BadParameter(str(error)) from None
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"--out must be a folder, and {out} is a file.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--out cannot be made: {error}.") from error
     jax.config.update("jax_enable_x64", True)
     start = time.perf_counter()
     with _progress(console) as bar:

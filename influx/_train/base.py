@@ -1,6 +1,7 @@
 """What a trainer is: a pure function from data weights to a trained model."""
 
 import abc
+from numbers import Real
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -87,9 +88,9 @@ def gradient_items(objective: Objective, model: Model) -> int:
 
 
 def check_tolerance(tolerance: float) -> float:
-    if not np.isfinite(tolerance) or tolerance <= 0:
+    if not isinstance(tolerance, Real) or not np.isfinite(tolerance) or tolerance <= 0:
         raise ValueError(
-            f"`tolerance` bounds the gradient norm and must be positive, got {tolerance}."
+            f"`tolerance` bounds the gradient norm and must be a positive number, got {tolerance!r}."
         )
     return tolerance
 
@@ -105,7 +106,9 @@ def minimising_remedies(tolerance: float, max_steps: int) -> str:
     return (
         f"The tolerance is ‖∇J‖ < {tolerance:g} within {max_steps} steps. Allow more with "
         "`max_steps=`, or a looser `tolerance=` (float32 gradients stop near 1e-7: enable x64); "
-        "scale the inputs; or give `l2` > 0 where the data do not determine every parameter."
+        "scale the inputs; or give `l2` > 0 where the data do not determine every parameter. A "
+        "network with ReLU has kinks at which no gradient vanishes: use a smooth activation such as "
+        "jax.nn.gelu, or judge it by `influx.pbrf`."
     )
 
 

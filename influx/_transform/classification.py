@@ -5,7 +5,7 @@ import numpy as np
 
 from .._influence import Influence
 from .._measurement import Logit, Margin, Probability, check_class
-from .._risk import class_logits_shape
+from .._risk import class_logits_shape, require_labels
 
 
 def classification(
@@ -49,6 +49,7 @@ def classification(
     if kind == "margin":
         if class_ is not None:
             raise ValueError("The margin is that of the query's own label: leave `class_` out.")
+        require_labels(f.risk)
         return replace(f, measurement=Margin())
     if class_ is not None and (isinstance(class_, bool) or not hasattr(class_, "__index__")):
         raise ValueError(

@@ -67,6 +67,9 @@ def pbrf(
         typical=risk.weights,
         outcome=outcome,
         chunk_size=chunk_size,
+        remedies=f"The tolerance is ‖∇‖ < {tolerance:g}. Raise `damping=`, which makes the objective "
+        "more convex (0.1 for a ReLU network), loosen `tolerance=` (float32 gradients stop near 1e-7), "
+        "or leave those points out of `indices=`.",
     )
 
 

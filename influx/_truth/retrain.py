@@ -51,11 +51,13 @@ def retrain(
     typical: Float[Array, " n"],
     outcome: Callable[[Any], PyTree[Array]] | None,
     chunk_size: int | None,
+    remedies: str = "",
 ) -> PyTree[Array]:
     """`outcome` of the model retrained at weights `weigh(risk.weights, lane)`, for every lane.
 
     Each of the trainer's attempts is one program; the lanes that it does not finish go to the next.
-    **Raises** `RuntimeError` naming the lanes that no attempt finished.
+    **Raises** `RuntimeError` naming the lanes that no attempt finished, with `remedies`, the trainer's
+    own by default.
     """
     check_settings(trainer, outcome, chunk_size)
     outcome = parameters if outcome is None else outcome
@@ -74,15 +76,15 @@ def retrain(
             return outcomes
         pending, trained = pending[unfinished], take(trained, unfinished)
     assert trained is not None
-    _fail(pending, leading_length(lanes), trained, trainer)
+    _fail(pending, leading_length(lanes), trained, remedies or trainer.remedies())
 
 
-def _fail(rows: np.ndarray, total: int, trained: Trained, trainer: AbstractTrainer):
+def _fail(rows: np.ndarray, total: int, trained: Trained, remedies: str):
     norms = np.asarray(trained.gradient_norm)
     shown = ", ".join(map(str, rows[:5].tolist())) + (", …" if rows.size > 5 else "")
     raise RuntimeError(
         f"{rows.size} of {total} retrainings did not converge (rows {shown}): ‖∇J‖ up to "
-        f"{norms.max():.3g} after at most {int(np.max(trained.steps))} steps. {trainer.remedies()}"
+        f"{norms.max():.3g} after at most {int(np.max(trained.steps))} steps. {remedies}"
     )
 
 
