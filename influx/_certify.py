@@ -152,11 +152,15 @@ def _checked_indices(f: Influence, indices) -> Int[Array, " k"]:
         return jnp.arange(f.risk.n)
     indices = jnp.asarray(indices)
     wrong_kind = indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer)
-    if wrong_kind or indices.size == 0 or int(indices.min()) < 0 or int(indices.max()) >= f.risk.n:
+    expected = f"`indices` must be a list of training points between 0 and {f.risk.n - 1}"
+    if wrong_kind or indices.size == 0:
         raise ValueError(
-            f"`indices` must be a list of training points between 0 and {f.risk.n - 1}, got shape "
-            f"{indices.shape} of {indices.dtype}. For a mask write `np.flatnonzero(mask)`."
+            f"{expected}, got shape {indices.shape} of {indices.dtype}. For a mask write "
+            "`np.flatnonzero(mask)`."
         )
+    outside = indices[(indices < 0) | (indices >= f.risk.n)]
+    if outside.size:
+        raise ValueError(f"{expected}, got {outside[0]}.")
     return indices
 
 

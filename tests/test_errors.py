@@ -125,7 +125,7 @@ DATA = {
     ),
     "empty": (lambda: risk((X[:0], y[:0])), "`data` is empty", "at least one"),
     "no arrays": (lambda: risk(((), ())), "`data` holds no arrays", "leading axis"),
-    "no pair": (lambda: risk(X), "must be a pair .*ndarray", "inputs twice"),
+    "no pair": (lambda: risk(X), "must be a pair .*ndarray", "such as zeros"),
     "three parts": (lambda: risk((X, y, y)), "tuple of 3", "tuple or dict of their own"),
     "mapping": (lambda: risk({"x": X, "y": y}), "dict of 2", "pair"),
     "strings": (lambda: risk((X, np.array(["a"] * N))), r"`data`\[1\].*<U1", "return_inverse"),
@@ -413,6 +413,13 @@ SETTINGS = {
     ),
     "curvature in a diagonal": (lambda: ix.Diagonal(3), "got 3", r"Hessian\(\), not"),
     "Fisher key number": (lambda: ix.Fisher("sampled", key=0), "got 0", r"jax\.random\.key\(0\)"),
+    "rtol a string": (lambda: ix.CG(ix.Hessian(), rtol="a"), "`rtol`.*got 'a'", "None chooses"),
+    "solver steps": (
+        lambda: ix.MINRES(ix.Hessian(), max_steps=0.5),
+        "`max_steps`.*got 0.5",
+        "None chooses",
+    ),
+    "tolerance a string": (lambda: ix.Newton("1e-3"), "got '1e-3'", "must be positive"),
     "Fisher draws": (
         lambda: ix.Fisher("sampled", key=jr.key(0), draws=1.5),
         "`draws`.*got 1.5",
@@ -506,7 +513,7 @@ QUERIES = {
     ),
     "single": ((Xq[0], yq[0]), "has no leading axis", r"\(x\[None\], y\[None\]\)"),
     "single vector": ((Xq[0], yq[:4]), r"\[\(\), \(\)\]", r"add a leading axis: `\(x\[None\]"),
-    "inputs alone": (Xq, "pair .inputs, targets., got a ndarray", "inputs twice"),
+    "inputs alone": (Xq, "pair .inputs, targets., got a ndarray", "such as zeros"),
     "no targets": ((Xq, None), "must look like a training point", "rows of shapes"),
     "lengths": ((Xq, yq[:-1]), "leading axes of .* differ.*5.*4", "one row per example"),
     "empty": ((Xq[:0], yq[:0]), "is empty", "at least one"),
@@ -701,9 +708,14 @@ VERBS = {
         "not compute others",
         "must select a part of the model",
     ),
+    "where a layer": (
+        lambda w: ix.restrict(w.f.risk, w.model, w.model),
+        "must be a function.*got a Linear",
+        r"lambda m: m\.layers\[-1\]",
+    ),
     "where a string": (
         lambda w: ix.restrict(w.f.risk, w.model, "weight"),
-        "not callable",
+        "must be a function.*got a str",
         r"as in `lambda m:",
     ),
     "trainer class": (
@@ -805,7 +817,7 @@ VERBS = {
         "a parameter twice",
         "Name each",
     ),
-    "certify index": (lambda w: ix.certify(w.f, indices=[N]), r"got \[12\]", "between 0 and 11"),
+    "certify index": (lambda w: ix.certify(w.f, indices=[N]), "got 12", "between 0 and 11"),
     "certify mean": (lambda w: ix.certify(w.f, mean=True), "averages over queries", "pass them"),
 }
 COMBINATIONS = {

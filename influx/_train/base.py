@@ -90,7 +90,7 @@ def gradient_items(objective: Objective, model: Model) -> int:
 def check_tolerance(tolerance: float) -> float:
     if not isinstance(tolerance, Real) or not np.isfinite(tolerance) or tolerance <= 0:
         raise ValueError(
-            f"`tolerance` bounds the gradient norm and must be a positive number, got {tolerance!r}."
+            f"`tolerance` bounds the gradient norm and must be positive, got {tolerance!r}."
         )
     return tolerance
 
