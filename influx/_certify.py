@@ -17,8 +17,8 @@ from ._measurement import Margin
 from ._memorization import memorization_label
 from ._misc import einsum, map_blocks, ravel, require_concrete, take
 from ._response import implicit_response
-from ._risk import class_logits_shape, require_labels
 from ._scale import Unscaled
+from ._validate import class_logits_shape, require_labels
 
 # What the points of one block need should stay in cache.
 _CACHE_BYTES = 8 * 2**20

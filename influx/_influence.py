@@ -10,8 +10,9 @@ from ._effect import AbstractEffect, Derivative
 from ._measurement import AbstractMeasurement, Loss
 from ._misc import check_chunk, chunk_length, chunked_map, dot, ravel, take
 from ._response import AbstractResponse, Implicit
-from ._risk import EmpiricalRisk, validate
+from ._risk import EmpiricalRisk
 from ._scale import AbstractScale, Unscaled
+from ._validate import validate
 
 
 class Influence(eqx.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ._influence import Influence
 from ._measurement import Margin
 from ._misc import chunk_length, map_blocks, ravel, take
-from ._risk import class_logits_shape, require_labels
+from ._validate import class_logits_shape, require_labels
 
 LABELS = ("generalized upon", "memorized", "not fitted")
 

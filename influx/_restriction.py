@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from ._custom_types import Model, Where
-from ._risk import EmpiricalRisk, l2_tree, validate
+from ._risk import EmpiricalRisk, l2_tree
+from ._validate import validate
 
 
 class Whole(eqx.Module):

@@ -11,8 +11,8 @@ from ._effect import Derivative
 from ._influence import Influence, query_chunk
 from ._measurement import Loss
 from ._misc import chunked_sum, leading_length, take
-from ._risk import check_queries
 from ._scale import Unscaled
+from ._validate import check_queries
 
 VERDICTS = ("helpful", "harmful", "undecided")
 

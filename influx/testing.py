@@ -12,11 +12,12 @@ from ._gradients import example_gradient, risk_gradient
 from ._influence import Influence, influence
 from ._loss import AbstractLoss
 from ._misc import ravel, ravel_gradient, require_concrete, take
-from ._risk import EmpiricalRisk, class_logits_shape, validate
+from ._risk import EmpiricalRisk
 from ._train.base import AbstractTrainer
 from ._train.newton import Newton
 from ._transform import classification, removal, self_influence
 from ._truth import leave_subset_out
+from ._validate import class_logits_shape, validate
 
 
 class Law(eqx.Module):

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._custom_types import Example, Model, Scalar
 from .._loss import AbstractLoss
 from .._misc import ravel, take
-from .._risk import EmpiricalRisk, check_queries
+from .._risk import EmpiricalRisk
+from .._validate import check_queries
 
 
 class MeasurementConstants(eqx.Module):

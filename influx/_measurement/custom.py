@@ -5,8 +5,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._data import check_axes
 from .._misc import take
-from .._risk import check_axes
 from .base import AbstractMeasurement
 
 

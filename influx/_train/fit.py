@@ -2,7 +2,8 @@ import equinox as eqx
 
 from .._custom_types import Model
 from .._misc import require_concrete
-from .._risk import EmpiricalRisk, validate
+from .._risk import EmpiricalRisk
+from .._validate import validate
 from .base import AbstractTrainer, Trained, check_trainer
 
 

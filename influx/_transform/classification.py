@@ -5,7 +5,7 @@ import numpy as np
 
 from .._influence import Influence
 from .._measurement import Logit, Margin, Probability, check_class
-from .._risk import class_logits_shape, require_labels
+from .._validate import class_logits_shape, require_labels
 
 
 def classification(

@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._data import checked_masks
 from .._effect import Newton
 from .._influence import Influence
 from .._misc import is_concrete
-from .._risk import checked_masks
 from .._scale import Unscaled
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._data import real_array
 from .._misc import check_chunk, chunk_length, chunked_map, dot
-from .._risk import real_array
 
 
 class LDS(eqx.Module):

@@ -5,8 +5,9 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import Model
 from .._misc import require_concrete
-from .._risk import EmpiricalRisk, validate
+from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer
+from .._validate import validate
 from .retrain import check_indices, erase, retrain
 
 

@@ -6,9 +6,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import Model
+from .._data import checked_masks
 from .._misc import require_concrete
-from .._risk import EmpiricalRisk, checked_masks, validate
+from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer
+from .._validate import validate
 from .retrain import multiply, retrain
 
 

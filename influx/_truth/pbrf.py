@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Model, Scalar, ScalarLike
 from .._misc import check_damping, ravel, require_concrete
-from .._risk import EmpiricalRisk, validate
+from .._risk import EmpiricalRisk
 from .._train import Newton
+from .._validate import validate
 from .retrain import check_indices, check_settings, erase, retrain
 
 
