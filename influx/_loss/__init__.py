@@ -1,0 +1,6 @@
+from .base import AbstractLoss as AbstractLoss
+from .base import LossConstants as LossConstants
+from .binary import BinaryCrossEntropy as BinaryCrossEntropy
+from .custom import CustomLoss as CustomLoss
+from .softmax import SoftmaxCrossEntropy as SoftmaxCrossEntropy
+from .squared import SquaredError as SquaredError

@@ -1,0 +1,75 @@
+"""Losses ℓ(output, target) of one example, and what Gauss–Newton, Fisher and certificates need to
+know of them."""
+
+import abc
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+
+class AbstractLoss(eqx.Module):
+    """A loss ℓ(output, target) of one example. `output` is what `predict(model, x)` returns.
+
+    Its law, which the tests run on every member:
+
+    ```python
+    K = output.size
+    hessian = jax.hessian(lambda o: loss(o.reshape(output.shape), target))(output.reshape(-1))
+    assert loss.output_hessian(output, target) == hessian          # [K, K]
+    ```
+
+    `convex`: whether ℓ is known to be convex in its output.
+    """
+
+    convex: eqx.AbstractVar[bool]
+
+    @abc.abstractmethod
+    def __call__(self, output: PyTree[Array], target: PyTree[Array]) -> Float[Array, ""]:
+        """ℓ(output, target), a scalar."""
+
+    @abc.abstractmethod
+    def output_hessian(self, output: Array, target: PyTree[Array]) -> Float[Array, "K K"]:
+        """∇²ℓ in the flattened output: the middle factor of the Gauss–Newton matrix."""
+
+    @abc.abstractmethod
+    def output_fisher(self, output: Array) -> Float[Array, "K K"]:
+        """E[∇ℓ ∇ℓᵀ] over targets drawn from the model's own distribution, in the flattened output.
+
+        Raises `ValueError` where the loss is not a negative log-likelihood.
+        """
+
+    @abc.abstractmethod
+    def draw(self, key: PRNGKeyArray, output: Array) -> Array:
+        """A target from the model's own distribution p(· | output): what a sampled Fisher needs.
+
+        Raises `ValueError` where the loss is not a negative log-likelihood.
+        """
+
+    @abc.abstractmethod
+    def class_logits(self, output: Array) -> Float[Array, " C"]:
+        """The output as the logits of C classes; `ValueError` where it is no single classifier."""
+
+    @abc.abstractmethod
+    def constants(self, output: jax.ShapeDtypeStruct) -> "LossConstants":
+        """Bounds in output space, for outputs of that shape; `ValueError` where none are known."""
+
+    @abc.abstractmethod
+    def check(self, output: PyTree[jax.ShapeDtypeStruct], targets: PyTree[Array]) -> None:
+        """Raise `ValueError` where the loss cannot take outputs of that shape, or `targets` [n, ...]
+        cannot go with them."""
+
+
+class LossConstants(eqx.Module):
+    """Bounds of one loss in output space, valid at every output.
+
+    - `lipschitz`: ‖∇ℓ‖₂; infinite where the loss has no global bound
+    - `smoothness`: ‖∇²ℓ‖₂
+    - `third`: the least known t with |D³ℓ[u, u, v]| ≤ t ‖u‖²‖v‖
+    - `hard`: targets are single classes, so that P3's corollary γᵢ(θ̂₋ᵢ) ≤ γᵢ(θ̂) holds
+    """
+
+    lipschitz: float | Float[Array, ""]
+    smoothness: float | Float[Array, ""]
+    third: float | Float[Array, ""]
+    hard: bool
