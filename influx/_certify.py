@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._gradients import risk_gradient
@@ -79,7 +80,8 @@ def certify(
     - `refine`: further chord steps θ̃ ← θ̃ − H⁻¹∇J₋ᵢ(θ̃), one gradient each (tier 1 only). One of
       them decides most signs of a held-out change.
 
-    A rounding term is added to every radius. The upper end of a margin is capped by P3:
+    Rounding is enclosed as well: a term for the slope in every radius, and one for m itself. Data and
+    frozen layers count as exact. The upper end of a margin is capped by P3:
     γᵢ(θ̂₋ᵢ) ≤ γᵢ(θ̂) for hard labels.
 
     **Raises:** `ValueError` unless the outputs are affine in the kept parameters, l2 > 0 on every one
@@ -100,14 +102,15 @@ def certify(
         require_labels(f.risk)
         return _own_margins(f, indices, tier, refine)
     f.measurement.check(f.risk, f.model, queries)
-    example = eqx.filter_eval_shape(f.measurement, f.risk, f.model, take(queries, 0))
+    arrays = jtu.tree_map(jnp.asarray, queries)
+    example = eqx.filter_eval_shape(f.measurement, f.risk, f.model, take(arrays, 0))
     if mean and example.shape:
         raise ValueError(
             f"`mean=True` takes the mean of one number a query, and this measurement has "
             f"{example.shape}. Choose a class: `classification(f, kind, class_=0)`."
         )
-    jacobian = output_jacobian(f.risk, f.model, queries[0])
-    return _changes(f, queries, jacobian, indices, tier, refine, mean)
+    jacobian = output_jacobian(f.risk, f.model, arrays[0])
+    return _changes(f, arrays, jacobian, indices, tier, refine, mean)
 
 
 def _check(f: Influence, tier: int, refine: int) -> None:
@@ -135,8 +138,9 @@ def _check(f: Influence, tier: int, refine: int) -> None:
     jacobian = implicit_response(f.response, "certify").jacobian
     if jacobian is None or not jacobian.affine:
         raise ValueError(
-            "A certificate needs outputs that are affine in the parameters, and these are not. Restrict "
-            "to the last layer: `risk, model = influx.restrict(risk, model, lambda m: m.layers[-1])`."
+            "A certificate needs outputs that are affine in the parameters, and these are not (a cast "
+            "to fewer digits counts as none). Restrict to the last layer: "
+            "`risk, model = influx.restrict(risk, model, lambda m: m.layers[-1])`."
         )
     low = float(jnp.min(f.risk.l2_vector(f.model)))
     if not low > 0:
@@ -222,9 +226,9 @@ def _rounding(f: Influence) -> Callable:
     """The map from steps to bounds on the rounding error of a computed ∇J₋ᵢ(θ̃ᵢ), in norm.
 
     A sum of N terms is wrong by at most N·u times the sum of their sizes, u the unit roundoff. The
-    terms are the n example gradients (sizes at most ‖Aⱼ‖·‖∂ℓⱼ‖) and l2·θ; the outputs behind ∂ℓⱼ are
-    themselves inner products of length P, and their error enters through the loss's smoothness. The
-    few roundings inside the loss are covered by the constant 64.
+    terms are the n example gradients (sizes at most ‖Aⱼ‖·‖∂ℓⱼ‖) and l2·θ; the outputs Aⱼθ + bⱼ behind
+    ∂ℓⱼ are themselves inner products of length P, and their error enters through the loss's smoothness.
+    The few roundings inside the loss are covered by the constant 64.
     """
     theta, _ = ravel(f.model)
     norms, smooth = _jacobian(f).norms(), _constants(f).smoothness
@@ -233,13 +237,18 @@ def _rounding(f: Influence) -> Callable:
     )
     slopes = f.risk.mean(norms * jax.vmap(at_output)(f.risk.data))
     curvature = f.risk.mean(smooth * norms**2)
+    outputs = jax.vmap(lambda x: jnp.linalg.norm(f.risk.output(f.model, x).reshape(-1)))(
+        f.risk.data[0]
+    )
+    offset = f.risk.mean(smooth * norms * outputs)
     l2 = jnp.max(f.risk.l2_vector(f.model))
     terms, unit = f.risk.n + 64, jnp.finfo(theta.dtype).eps / 2
 
     def bound(steps):
         length = jnp.linalg.norm(theta) + jnp.linalg.norm(steps, axis=1)
         curved = curvature * length
-        return unit * (terms * (slopes + curved) + theta.size * curved + 4 * l2 * length)
+        sizes = 2 * curved + offset  # of outputs: ‖Aθ‖ + ‖b‖, ‖b‖ ≤ ‖Aθ‖ + ‖output‖
+        return unit * (terms * (slopes + curved) + theta.size * sizes + 4 * l2 * length)
 
     return bound
 
@@ -252,17 +261,19 @@ def _block(f: Influence, tier: int, items: int = 0) -> int:
     return max(1, _CACHE_BYTES // (8 * (4 * theta.size + outputs + items)))
 
 
-class _Sphere(eqx.Module):
-    """m on a ball: its value at the centre, and how far it can be from it within radius r."""
+class _Ball(eqx.Module):
+    """m on a ball: its value at the centre, up to `rounding`, and how far it can be from it within
+    radius r."""
 
     value: Array
     slope: Array
     lipschitz: Array
     smoothness: Array
+    rounding: Array
 
     def error(self, radius: Array) -> Array:
         local = self.slope * radius + 0.5 * self.smoothness * radius**2
-        return jnp.minimum(_product(self.lipschitz, radius), local)
+        return jnp.minimum(_product(self.lipschitz, radius), local) + self.rounding
 
 
 def _product(lipschitz, radius):
@@ -270,7 +281,7 @@ def _product(lipschitz, radius):
     return jnp.where(jnp.isfinite(lipschitz), lipschitz * radius, jnp.inf)
 
 
-def _sphere(f: Influence, measurement, step, query, outer, norm) -> _Sphere:
+def _ball(f: Influence, measurement, step, query, outer, norm) -> _Ball:
     """One query's measurement at θ̂ + step; `outer` is A Aᵀ of its output, `norm` is ‖A‖₂."""
     theta, rebuild = ravel(f.model)
     x, y = query
@@ -282,12 +293,26 @@ def _sphere(f: Influence, measurement, step, query, outer, norm) -> _Sphere:
     bounds = measurement.constants(f.risk, f.model)
     # The components of a vector measurement share their bounds.
     shared = lambda bound: jnp.broadcast_to(bound, slope.shape)
-    return _Sphere(
-        of_output(flat), slope, shared(bounds.lipschitz * norm), shared(bounds.smoothness * norm**2)
+    value, steepness = of_output(flat), jnp.linalg.norm(rows, axis=-1)
+    return _Ball(
+        value,
+        slope,
+        shared(bounds.lipschitz * norm),
+        shared(bounds.smoothness * norm**2),
+        _value_rounding(value, steepness, bounds.smoothness, flat, norm, theta + step),
     )
 
 
-def _mean_sphere(f: Influence, step, queries, norms) -> _Sphere:
+def _value_rounding(value, steepness, smoothness, output, norm, theta) -> Array:
+    """How far a computed m can be from m: the error of the output, carried on by ∂m, and that of the
+    few operations from there on. An output Aθ + b is wrong by P·u·(‖A‖‖θ‖ + ‖b‖), and ‖b‖ is at most
+    ‖output‖ + ‖A‖‖θ‖."""
+    unit = jnp.finfo(value.dtype).eps / 2
+    shift = unit * theta.size * (2 * norm * jnp.linalg.norm(theta) + jnp.linalg.norm(output))
+    return 64 * unit * (jnp.abs(value) + 1) + steepness * shift + smoothness * shift**2
+
+
+def _mean_ball(f: Influence, step, queries, norms) -> _Ball:
     """The mean of a scalar measurement over queries at θ̂ + step; `norms` are their ‖A‖."""
     theta, rebuild = ravel(f.model)
 
@@ -296,11 +321,25 @@ def _mean_sphere(f: Influence, step, queries, norms) -> _Sphere:
 
     value, gradient = jax.value_and_grad(average)(theta + step)
     bounds = f.measurement.constants(f.risk, f.model)
-    return _Sphere(
+
+    measurement: Any = f.measurement  # of the output: `constants` has answered
+
+    def rounding(query, norm):
+        x, y = query
+        output = f.risk.output(rebuild(theta + step), x)
+        of_output = lambda o: measurement.of_output(f.risk.loss, o.reshape(output.shape), y)
+        at, row = jax.value_and_grad(of_output)(output.reshape(-1))
+        steepness, flat = jnp.linalg.norm(row), output.reshape(-1)
+        return _value_rounding(at, steepness, bounds.smoothness, flat, norm, theta + step), at
+
+    each, values = jax.vmap(rounding)(queries, norms)
+    of_sum = norms.size * jnp.finfo(value.dtype).eps / 2 * jnp.mean(jnp.abs(values))
+    return _Ball(
         value,
         jnp.linalg.norm(gradient),
         jnp.mean(bounds.lipschitz * norms),
         jnp.mean(bounds.smoothness * norms**2),
+        jnp.mean(each) + of_sum,
     )
 
 
@@ -316,7 +355,7 @@ def _settled_radius(f: Influence) -> Float[Array, ""]:
 def _own_margins(f: Influence, indices, tier: int, refine: int) -> Certificate:
     theta, _ = ravel(f.model)
     enclose, settled = _enclosures(f, tier, refine), _settled_radius(f)
-    own = lambda step, z, o, norm: _sphere(f, Margin(), step, z, o, norm)
+    own = lambda step, z, o, norm: _ball(f, Margin(), step, z, o, norm)
 
     def block(places):
         i = indices[places]
@@ -357,19 +396,19 @@ def _changes(
     theta, _ = ravel(f.model)
     enclose, outer, norms = _enclosures(f, tier, refine), jacobian.outer(), jacobian.norms()
 
-    def spheres(step):
+    def balls(step):
         if mean:
-            return _mean_sphere(f, step, queries, norms)
-        one = lambda q, o, norm: _sphere(f, f.measurement, step, q, o, norm)
+            return _mean_ball(f, step, queries, norms)
+        one = lambda q, o, norm: _ball(f, f.measurement, step, q, o, norm)
         return jax.vmap(one)(queries, outer, norms)
 
-    before = spheres(jnp.zeros_like(theta))
+    before = balls(jnp.zeros_like(theta))
     slack = before.error(_settled_radius(f))
 
     def block(places):
         steps, radius = enclose(indices[places])
-        after = jax.vmap(spheres)(steps)
-        error = jax.vmap(_Sphere.error)(after, radius) + slack[None]
+        after = jax.vmap(balls)(steps)
+        error = jax.vmap(_Ball.error)(after, radius) + slack[None]
         change = after.value - before.value[None]
         return change - error, change + error, radius
 

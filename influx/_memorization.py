@@ -21,7 +21,8 @@ class Memorization(eqx.Module):
 
     - `margin`: γᵢ(θ̂), the log-odds of the point's own label
     - `margin_without`: γᵢ(θ̂₋ᵢ) as predicted, the same without the point
-    - `score`: p_y(θ̂) − p_y(θ̂₋ᵢ), the memorization score; in [0, 1] in truth (P3)
+    - `score`: p_y(θ̂) − p_y(θ̂₋ᵢ), the memorization score; in [0, 1] in truth for hard
+      labels (P3)
     - `correct`: whether argmax p is the given label
     - `label`: 0 generalized upon, 1 memorized, 2 not fitted (`influx.LABELS` names them)
     """

@@ -146,22 +146,29 @@ def _bound(f: Influence, part: AbstractFactored, kept, rows, solved: Solve, step
     theta, _ = ravel(f.model)
     solve = _solver(f, part, kept, steps, low)
     v, x = (a.reshape(-1, theta.size) for a in (rows, solved.x))
+    norm, eps = lambda a: jnp.linalg.norm(a, axis=-1), jnp.finfo(theta.dtype).eps
+    scale = jnp.max(solved.eta) / eps
     leftover = solved.leftover.reshape(-1)
 
     def columns(example):
         g = example_gradient(f.risk, f.model, example)
         other = solve(g)
         full = -(dot(x, g) + dot(v, other.x) - dot(x, other.Hx))
-        restricted = -dot(v[:, kept], part.solve(g[kept]))
-        return full, restricted, jnp.sqrt(leftover * other.leftover)
+        small = part.solve(g[kept])
+        restricted = -dot(v[:, kept], small)
+        lengths = norm(x) * (norm(g) + norm(other.Hx)) + norm(v) * norm(other.x)
+        rounding = other.eta * norm(x) * norm(other.x) + theta.size * eps * lengths
+        # Cholesky errs by a multiple of eps times the condition number.
+        of_restricted = kept.size * eps * scale / low * norm(v[:, kept]) * norm(small)
+        return full, restricted, jnp.sqrt(leftover * other.leftover) + rounding, of_restricted
 
     parts = chunked_map(columns, f.risk.data, _chunk(f, steps))
-    full, restricted, error = (a.T.reshape(*rows.shape[:-1], f.risk.n) for a in parts)
+    full, restricted, error, extra = (a.T.reshape(*rows.shape[:-1], f.risk.n) for a in parts)
     distance = jnp.abs(full - restricted)
     return RestrictionBound(
         restricted,
-        jnp.maximum(distance - error, 0),
-        distance + error,
+        jnp.maximum(distance - error - extra, 0),
+        distance + error + extra,
         full - error,
         full + error,
     )

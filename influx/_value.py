@@ -40,10 +40,12 @@ def value(f: Influence, heldout: PyTree[Array]) -> Value:
     *undecided*: another held-out sample might say otherwise.
 
     **Two conventions.** `value` erases (1/n and l2 stay); `value_centred` renormalises (the mean over
-    n − 1 points, as training with weight decay does): its derivative is −(Gᵢ − Ḡ)/n-fold, Ḡ the
-    weighted mean. Both are positive for helpful points; verdicts are those of `value`.
+    n − 1 points, as training with weight decay does): removing then changes L_V by about
+    wᵢ(Gᵢ − Ḡ)/n, Ḡ the weighted mean. Both are positive for helpful points; verdicts are those of
+    `value`.
 
-    Read it on held-out data only: on the training data itself every point looks harmful (P4).
+    Read it on held-out data only. On the training data effects cancel: without a regulariser they sum
+    to 0 over all points, and every point looks harmful to the *other* ones (P4).
 
     **Raises:** `ValueError` for held-out data that do not look like the training data, fewer than two
     of them, or an `f` under a transform (a value is of single points, and plain).

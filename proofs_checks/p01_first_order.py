@@ -8,7 +8,7 @@ STATEMENT
     but kept near where it was.
 
 ASSUMPTIONS
-    ℓ and Ω three times continuously differentiable in θ; m as well; θ̂ a strict local minimiser of
+    ℓ and Ω four times continuously differentiable in θ, m three times; θ̂ a strict local minimiser of
     J(·, w) with H = ∇²J(θ̂, w) ≻ 0. No convexity: θ̂(w') is the minimiser near θ̂. w may hold
     zeros.
 
@@ -17,18 +17,17 @@ PROOF
     1. F(θ̂, w) = 0 since θ̂ is an interior minimiser, and ∂F/∂θ (θ̂, w) = H is invertible. By the
        implicit function theorem there are a neighbourhood of w and one continuous map v ↦ θ̂(v) on
        it with θ̂(w) = θ̂ and F(θ̂(v), v) = 0; it has as many continuous derivatives as F, that is
-       two or more. H depends continuously on (θ, v), so it stays positive definite near (θ̂, w):
+       three. H depends continuously on (θ, v), so it stays positive definite near (θ̂, w):
        the points θ̂(v) are strict local minimisers, not merely stationary. (F is affine in v, so
        negative weights, as for wᵢ = 0 and −δ, are covered as well.)
     2. Differentiate F(θ̂(v), v) = 0 in vᵢ at v = w:  H ∂θ̂/∂wᵢ + (1/n) gᵢ = 0, so
        ∂θ̂/∂wᵢ = −(1/n) H⁻¹ gᵢ.
     3. Chain rule: ∂m(θ̂(w))/∂wᵢ = ∇mᵀ ∂θ̂/∂wᵢ = −(1/n) ∇mᵀH⁻¹gᵢ = I(i; m)/n.
-    4. Let φ(δ) = m(θ̂(w + δeᵢ)), three times continuously differentiable if ℓ has one derivative
-       more. Taylor's formula at ±δ gives φ(±δ) = φ(0) ± δφ'(0) + ½δ²φ''(0) ± (δ³/6) φ'''(ξ±); in
-       the difference the even terms cancel: (φ(δ) − φ(−δ))/(2δ) = φ'(0) + O(δ²).
+    4. Let φ(δ) = m(θ̂(w + δeᵢ)), three times continuously differentiable. Taylor's formula at ±δ gives
+       φ(±δ) = φ(0) ± δφ'(0) + ½δ²φ''(0) ± (δ³/6) φ'''(ξ±); in the difference the even terms cancel:
+       (φ(δ) − φ(−δ))/(2δ) = φ'(0) + O(δ²).
     5. Damping: J_λ(θ, v) = J(θ, v) + (λ/2)‖θ − θ̂‖² has the same gradient at θ̂, hence the
-    stationary
-       point θ̂ at v = w, and Hessian H + λI there. Steps 1–4 apply to J_λ. ∎
+       stationary point θ̂ at v = w, and Hessian H + λI there. Steps 1–4 apply to J_λ. ∎
 
 CHECK
     Own re-minimisation at w ± δeᵢ and w ± (δ/2)eᵢ. The Richardson extrapolation of both differences

@@ -20,8 +20,7 @@ CHECK
     in the metric H⁻¹: there the answer must be −cos t, which reaches ±1 at t = 0 and t = π only.
 
 SOURCE
-    E. Barshan, M.-E. Brunet, G. K. Dziugaite, "RelatIF", arXiv:2003.11630, for relative influence;
-    the cosine form is used by Kounavis, Dia & Ramazanli, arXiv:2305.16094, among others.
+    E. Barshan, M.-E. Brunet, G. K. Dziugaite, "RelatIF", arXiv:2003.11630, for relative influence.
 """
 
 from collections.abc import Callable

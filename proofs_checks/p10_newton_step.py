@@ -37,7 +37,7 @@ PROOF
     (d) For wᵢ = 0, J₋ᵢ = J and Δθᵢ = δ₀. ∎
 
     L for outputs affine in θ: (1/n) Σ_{j≠i} wⱼ t ‖x̃ⱼ‖³, t the bound on the loss' third derivative
-    in output space (softmax 1/√2, sigmoid 1/(6√3), squared error 0: proofs in P11).
+    in output space (softmax √(2/27), sigmoid 1/(6√3), squared error 0: proofs in P11).
 
 CHECK
     Steps and effects of the library against NumPy solves with H₋ᵢ, at θ̂ and off it; against own
@@ -62,7 +62,7 @@ from ._errors import above, gap
 from ._problems import LINEAR, NETWORK, SCALAR, problems
 from ._registry import Proposition, register
 
-THIRD = {"softmax": 1 / np.sqrt(2), "binary": 1 / (6 * np.sqrt(3)), "squared": 0.0}
+THIRD = {"softmax": np.sqrt(2 / 27), "binary": 1 / (6 * np.sqrt(3)), "squared": 0.0}
 
 
 @dataclass(frozen=True)

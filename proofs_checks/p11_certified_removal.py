@@ -14,9 +14,10 @@ STATEMENT
         For Δ = (wᵢ/n)H₋ᵢ⁻¹gᵢ the first norm is at most ‖∇J(θ̂)‖ plus the residual of the solve,
         and for a softmax head, Δ as a matrix, the second term is at most ½ tr(ΔAΔᵀ), A = (1/n)Σ
         wⱼ‖x̃ⱼ‖x̃ⱼx̃ⱼᵀ.
-    (e) The upper end of γᵢ(θ̂₋ᵢ) may be lowered to γᵢ(θ̂) where wᵢ > 0. A label is certified where
-    the
-        enclosures of γᵢ(θ̂) and γᵢ(θ̂₋ᵢ) decide it.
+    (e) The upper end of γᵢ(θ̂₋ᵢ) may be lowered to γᵢ(θ̂) where wᵢ > 0 and labels are hard. A label is
+        certified where the enclosures of γᵢ(θ̂) and γᵢ(θ̂₋ᵢ) decide it.
+    (f) (b) and (c) hold for smoothed labels as they are; times the largest class weight; for several
+        yes/no outputs at once; and for a loss summed over T positions, ‖∇CE‖ ≤ √(2T) J.
 
 ASSUMPTIONS
     As stated; θ̂, θ̂₋ᵢ are exact minimisers of J, J₋ᵢ. ℓ convex in z (cross-entropy is). The
@@ -54,17 +55,23 @@ PROOF
         ‖AⱼΔ‖²‖Aⱼv‖ ≤ (t/n) Σⱼ wⱼ ‖Aⱼ‖ ΔᵀAⱼᵀAⱼΔ, Ω contributing nothing; ∫(1 − s)ds = ½. Apply (a).
         For the special Δ: ∇J₋ᵢ(θ̂) = ∇J(θ̂) − (wᵢ/n)gᵢ and H₋ᵢΔ = (wᵢ/n)gᵢ. AⱼΔ = Δx̃ⱼ,
         Σ‖x̃ⱼ‖‖Δx̃ⱼ‖² is the trace; t < 1.
-    (e) P3(c). If 0 < γᵢ(θ̂) surely and the enclosure of γᵢ(θ̂₋ᵢ) has one sign, the label's
-    definition is
-        decided; if γᵢ(θ̂) ≤ 0 surely, it is "not fitted". ∎
+    (e) P3(c). If 0 < γᵢ(θ̂) surely and the enclosure of γᵢ(θ̂₋ᵢ) has one sign, the label's definition
+        is decided; if γᵢ(θ̂) ≤ 0 surely, it is "not fitted".
+    (f) A smoothed label is a distribution q: the loss logsumexp(z) − qᵀz has the derivatives of CE from
+        the second on, and ∇ = p − q, where ‖p − q‖ ≤ √2 as for any two distributions (a convex function
+        of both, largest at corners). A class weight multiplies the loss. Positions, and yes/no outputs,
+        have separate logits: second and third derivatives are block-diagonal, so that their largest
+        block bounds them (|Σ_t D³ₜ[uₜ, uₜ, vₜ]| ≤ t Σ‖uₜ‖²‖vₜ‖ ≤ t‖u‖²‖v‖), and squares of gradients
+        add up. ∎
 
 CHECK
     (a) for drawn θ̃, also along the direction where (a) is an equality (softmax: the same vector
         added to
-    every class, in which J₋ᵢ is exactly quadratic with curvature l2). `certify`, tiers 1 and 2, at
-    θ̂ and away from it, contains own retraining: margins, and changes of loss, margin,
-    probabilities and mean loss; certified labels and signs are the true ones. (b), (c): the
-    library's constants at random and extreme logits, against hand-written derivatives.
+    every class, in which J₋ᵢ is exactly quadratic with curvature l2). `certify`, at θ̂ and away from
+    it, contains own retraining: margins at tiers 1 and 2, changes of margin and probabilities at
+    tier 1, of loss and mean loss at tier 2; certified labels and signs are the true ones. (b), (c):
+    the library's constants at random and extreme logits, against hand-written derivatives; those of
+    (f), and refined steps, in the project's tests.
 
 SOURCE
     Strong convexity: Y. Nesterov, "Introductory lectures on convex optimization" (2004). C. Guo,
@@ -91,14 +98,14 @@ from ._registry import Proposition, register
 
 GENERALIZED, MEMORIZED, NOT_FITTED = range(3)
 # Each pair is a program to compile: enough of them that every measurement and tier is met.
-KINDS = {1: ("loss", "probability"), 2: ("loss", "mean")}
+KINDS = {1: ("margin", "probability"), 2: ("loss", "mean")}
 
 
 def certificate(problem, kind: str, tier: int) -> SimpleNamespace:
     """`certify` on own margins (kind "own"), or of changes of the queries' measurement."""
     f = library.handle(problem)
     queries = None if kind == "own" else library.queries(problem)
-    if kind == "probability":
+    if kind in ("margin", "probability"):
         f = ix.classification(f, kind)
     found = ix.certify(f, queries, tier=tier, mean=kind == "mean")
     return SimpleNamespace(

@@ -30,7 +30,8 @@ class AbstractNewtonSteps(eqx.Module):
         indices: Int[Array, " k"],
     ) -> tuple[Float[Array, "k P"], Float[Array, " k"]]:
         """Δθᵢ = −(H₋ᵢ + λI)⁻¹∇J₋ᵢ(θ̂), and a bound on what each leaves of the linearised slope
-        without the point, ‖∇J₋ᵢ(θ̂) + H₋ᵢΔθᵢ‖: the error of the solve, and λ‖Δθᵢ‖."""
+        without the point, ‖∇J₋ᵢ(θ̂) + H₋ᵢΔθᵢ‖: the error of the solve, and λ‖Δθᵢ‖. ∇J is taken as
+        computed; its own rounding is for the caller to add."""
 
 
 class OutputTerms(eqx.Module):
@@ -134,7 +135,7 @@ class HeldWoodbury(AbstractNewtonSteps):
         u = terms.middle(leverage, moved)
         q = terms.jacobian.pull(u)
         # A barrier, or XLA repeats the product in every kernel that it fuses the sum into.
-        steps = self.delta[None] + jax.lax.optimization_barrier(dot(q, self.inverse))
+        steps = self.delta[None] + jax.lax.optimization_barrier(dot(q, self.inverse.T))
         left = u - terms.slope(moved + einsum("kab,kb->ka", leverage, u))
         norm = lambda rows: jnp.linalg.norm(rows, axis=1)
         bound = self.slack + self.defect * norm(q) + terms.jacobian.norms() * norm(left)
@@ -189,7 +190,7 @@ def woodbury(
 def _hold(risk, model, factored, matrix, jacobian, damping) -> HeldWoodbury:
     gradient = risk_gradient(risk, model)
     eye = jnp.eye(gradient.size, dtype=gradient.dtype)
-    inverse = jax.vmap(factored.solve)(eye)
+    inverse = jax.vmap(factored.solve, in_axes=1, out_axes=1)(eye)
     delta = -factored.solve(gradient)
     norm = jnp.linalg.norm
     rounding = 3 * (gradient.size + 2) * jnp.finfo(eye.dtype).eps * norm(matrix) * norm(inverse)

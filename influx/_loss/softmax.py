@@ -37,14 +37,14 @@ class SoftmaxCrossEntropy(AbstractLoss):
     """
 
     class_weights: Float[Array, " C"] | None
-    label_smoothing: float
+    label_smoothing: float | Array
     reduction: str = eqx.field(static=True)
 
     def __init__(
         self,
         *,
         class_weights=None,
-        label_smoothing: float = 0.0,
+        label_smoothing: float | Array = 0.0,
         reduction: Literal["sum", "mean"] = "sum",
     ):
         if reduction not in ("sum", "mean"):
@@ -58,7 +58,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
         self.class_weights = (
             None if class_weights is None else _checked_class_weights(class_weights)
         )
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = (
+            float(label_smoothing) if is_concrete(label_smoothing) else label_smoothing
+        )
         self.reduction = reduction
 
     @property
@@ -125,7 +127,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
             lipschitz=top * float(np.sqrt(2.0 * positions)),
             smoothness=0.5 * top,
             third=top * float(np.sqrt(2.0 / 27.0)),
-            hard=float(self.label_smoothing) == 0.0,
+            hard=isinstance(self.label_smoothing, float) and self.label_smoothing == 0.0,
         )
 
     def check(self, output, targets):

@@ -48,12 +48,13 @@ _BREAKDOWN = 32
 
 
 class Solve(NamedTuple):
-    """An approximate solution of Hx = v: `x`, the product `Hx`, and `leftover`, an upper bound of
-    (v − Hx)ᵀH⁻¹(v − Hx)."""
+    """An approximate solution of Hx = v: `x`, the product `Hx`, `leftover`, an upper bound of
+    (v − Hx)ᵀH⁻¹(v − Hx), and `eta`: a computed product errs by at most eta‖x‖."""
 
     x: Float[Array, " P"]
     Hx: Float[Array, " P"]
     leftover: Float[Array, ""]
+    eta: Float[Array, ""]
 
 
 def lanczos(
@@ -155,7 +156,7 @@ def krylov(
     root = jnp.minimum(split, (length(residual) + rounding) / jnp.sqrt(lower))
     refuted = (theta[0] - lower + eta <= 0) & (norm > 0)
     leftover = jnp.where(refuted, jnp.inf, jnp.square(root) * _round_up(v.dtype))
-    return Solve(x, product, leftover)
+    return Solve(x, product, leftover, eta)
 
 
 class _Run(NamedTuple):
