@@ -20,6 +20,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import influx as ix
+from influx._agreement import agreement
 
 N, L2, REMOVED, DRAWS = 1500, 1e-2, 200, 100
 
@@ -57,12 +58,6 @@ def fastest(fn):
     return answer, min(times)
 
 
-def agreement(guess, truth):
-    """Pearson's correlation, the slope of the actual on the predicted, the largest error."""
-    pearson = np.corrcoef(guess.ravel(), truth.ravel())[0, 1]
-    return pearson, (guess * truth).sum() / (guess**2).sum(), np.abs(guess - truth).max()
-
-
 def predictions(console: Console) -> None:
     train, rest = digits(0.0)
     risk, model = fitted(train)
@@ -81,10 +76,11 @@ def predictions(console: Console) -> None:
     ):
         for step in ("first-order", "newton"):
             guess = np.asarray(ix.removal(g, step)(rest))
-            pearson, slope, worst = agreement(guess, truth)
-            some = [agreement(guess[:, c], truth[:, c])[0] for c in draws]
+            all_points = agreement(guess, truth)
+            some = [agreement(guess[:, c], truth[:, c]).pearson for c in draws]
             spread = f"{min(some):.7f}, {np.median(some):.7f}"
-            table.add_row(name, step, f"{pearson:.7f}", f"{slope:.4f}", f"{worst:.1e}", spread)
+            figures = f"{all_points.pearson:.7f}", f"{all_points.slope:.4f}"
+            table.add_row(name, step, *figures, f"{all_points.largest_error:.1e}", spread)
     console.print(f"Removal of each of {N} training digits, no label noise; {DRAWS} draws", table)
 
 

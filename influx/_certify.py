@@ -19,7 +19,7 @@ from ._memorization import memorization_label
 from ._misc import einsum, map_blocks, ravel, require_concrete, take
 from ._response import implicit_response
 from ._scale import Unscaled
-from ._validate import class_logits_shape, require_labels
+from ._validate import require_labels
 
 # What the points of one block need should stay in cache.
 _CACHE_BYTES = 8 * 2**20
@@ -98,10 +98,12 @@ def certify(
     if queries is None:
         if mean:
             raise ValueError("`mean=True` averages over queries: pass them.")
-        class_logits_shape(f.risk, f.model)
+        eqx.filter_eval_shape(f.risk.loss.class_logits, _output(f))
         require_labels(f.risk)
+        _constants(f)
         return _own_margins(f, indices, tier, refine)
     f.measurement.check(f.risk, f.model, queries)
+    f.measurement.constants(f.risk, f.model)
     arrays = jtu.tree_map(jnp.asarray, queries)
     example = eqx.filter_eval_shape(f.measurement, f.risk, f.model, take(arrays, 0))
     if mean and example.shape:
@@ -148,7 +150,6 @@ def _check(f: Influence, tier: int, refine: int) -> None:
             "A certificate needs l2 > 0 on every kept parameter (it is the strong convexity), and some "
             "have 0. Give them a small l2, or freeze them with `influx.restrict`."
         )
-    f.measurement.constants(f.risk, f.model)
 
 
 def _checked_indices(f: Influence, indices) -> Int[Array, " k"]:
@@ -174,9 +175,14 @@ def _jacobian(f: Influence) -> AbstractJacobian:
     return jacobian
 
 
+def _output(f: Influence) -> jax.ShapeDtypeStruct:
+    output = implicit_response(f.response, "certify").output
+    assert output is not None  # `_check` has seen to it
+    return output
+
+
 def _constants(f: Influence) -> LossConstants:
-    output = eqx.filter_eval_shape(f.risk.output, f.model, take(f.risk.data[0], 0))
-    return f.risk.loss.constants(output)
+    return f.risk.loss.constants(_output(f))
 
 
 def _enclosures(f: Influence, tier: int, refine: int) -> Callable:

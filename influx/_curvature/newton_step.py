@@ -114,12 +114,12 @@ class HeldWoodbury(AbstractNewtonSteps):
         ∇J₋ᵢ + (H₋ᵢ + λI)Δθᵢ = (∇J + (H + λI)δ₀) + ((H + λI)M − I)qᵢ
                                + Aᵢᵀ[uᵢ − (wᵢ/n)(rᵢ + Sᵢ(Aᵢδ₀ + Kᵢuᵢ))].
 
-    `slack` is the norm of the first term, `defect` bounds ‖(H + λI)M − I‖ and the rounding of Kᵢ and
-    of Mqᵢ.
+    `columns[i]` is Meᵢ, as solved for; `slack` is the norm of the first term; `defect` bounds
+    ‖(H + λI)M − I‖ and the rounding of Kᵢ and of Mqᵢ.
     """
 
     damping: Scalar
-    inverse: Float[Array, "P P"]
+    columns: Float[Array, "P P"]
     leverage: Float[Array, "n K K"] | None
     delta: Float[Array, " P"]
     slack: Float[Array, ""]
@@ -128,14 +128,14 @@ class HeldWoodbury(AbstractNewtonSteps):
     def steps(self, risk, model, factored, jacobian, indices):
         terms = output_terms(risk, model, jacobian, indices)
         if self.leverage is None:
-            leverage = terms.jacobian.sandwich(self.inverse)
+            leverage = terms.jacobian.sandwich(self.columns.T)
         else:
             leverage = self.leverage[indices]
         moved = terms.jacobian.push(self.delta)
         u = terms.middle(leverage, moved)
         q = terms.jacobian.pull(u)
         # A barrier, or XLA repeats the product in every kernel that it fuses the sum into.
-        steps = self.delta[None] + jax.lax.optimization_barrier(dot(q, self.inverse.T))
+        steps = self.delta[None] + jax.lax.optimization_barrier(dot(q, self.columns))
         left = u - terms.slope(moved + einsum("kab,kb->ka", leverage, u))
         norm = lambda rows: jnp.linalg.norm(rows, axis=1)
         bound = self.slack + self.defect * norm(q) + terms.jacobian.norms() * norm(left)
@@ -190,14 +190,15 @@ def woodbury(
 def _hold(risk, model, factored, matrix, jacobian, damping) -> HeldWoodbury:
     gradient = risk_gradient(risk, model)
     eye = jnp.eye(gradient.size, dtype=gradient.dtype)
-    inverse = jax.vmap(factored.solve, in_axes=1, out_axes=1)(eye)
+    columns = jax.vmap(factored.solve)(eye)
+    inverse = columns.T
     delta = -factored.solve(gradient)
     norm = jnp.linalg.norm
     rounding = 3 * (gradient.size + 2) * jnp.finfo(eye.dtype).eps * norm(matrix) * norm(inverse)
     fits = chunk_length(jacobian.outputs**2, eye.dtype) >= jacobian.examples
     return HeldWoodbury(
         damping,
-        inverse,
+        columns,
         jacobian.sandwich(inverse) if jacobian.closed_form and fits else None,
         delta,
         norm(gradient + factored.matvec(delta)),

@@ -22,6 +22,7 @@ class Implicit(AbstractResponse):
     model: Model
     curvature: AbstractCurvature
     factored: AbstractFactored
+    output: jax.ShapeDtypeStruct | None = eqx.field(static=True)  # of one input, if one array
     jacobian: AbstractJacobian | None
     newton: AbstractNewtonSteps | None
     chunk_size: int | None = eqx.field(static=True)
@@ -38,8 +39,8 @@ class Implicit(AbstractResponse):
         self.factored = curvature.factor(risk, model)
         self.chunk_size = chunk_size
         output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
-        is_array = isinstance(output, jax.ShapeDtypeStruct)
-        self.jacobian = output_jacobian(risk, model) if is_array else None
+        self.output = output if isinstance(output, jax.ShapeDtypeStruct) else None
+        self.jacobian = output_jacobian(risk, model) if self.output is not None else None
         self.newton = curvature.newton_steps(risk, model, self.factored, self.jacobian)
 
     def prepare(self, vectors):
