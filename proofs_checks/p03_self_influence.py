@@ -10,16 +10,15 @@ STATEMENT
 
 ASSUMPTIONS
     (a) H ≻ 0 (with a damping, H + λI ≻ 0). (b) None besides that both minimisers exist: no
-        convexity,
-    no smoothness, no uniqueness. It holds for *erasing* (1/n and Ω stay); where removal
+    convexity, no smoothness, no uniqueness. It holds for *erasing* (1/n and Ω stay); where removal
     renormalises the mean to n − 1 points, Ω weighs less than before and (b) fails, which is a
     mutant here.
 
 PROOF
     (a) P1 with m = ℓᵢ, so ∇m = gᵢ. H⁻¹ ≻ 0, hence gᵢᵀH⁻¹gᵢ > 0 unless gᵢ = 0.
     (b) Write J₋ᵢ = J − (wᵢ/n)ℓᵢ, the objective without the point. Two optimality inequalities,
-            J(θ̂)     ≤ J(θ̂₋ᵢ),          that is  J₋ᵢ(θ̂) + (wᵢ/n)ℓᵢ(θ̂) ≤ J₋ᵢ(θ̂₋ᵢ) +
-            (wᵢ/n)ℓᵢ(θ̂₋ᵢ), J₋ᵢ(θ̂₋ᵢ) ≤ J₋ᵢ(θ̂).
+            J(θ̂) ≤ J(θ̂₋ᵢ), that is  J₋ᵢ(θ̂) + (wᵢ/n)ℓᵢ(θ̂) ≤ J₋ᵢ(θ̂₋ᵢ) + (wᵢ/n)ℓᵢ(θ̂₋ᵢ),
+            J₋ᵢ(θ̂₋ᵢ) ≤ J₋ᵢ(θ̂).
         Add them; the J₋ᵢ terms cancel: (wᵢ/n)ℓᵢ(θ̂) ≤ (wᵢ/n)ℓᵢ(θ̂₋ᵢ). Divide by wᵢ/n > 0.
     (c) With hard labels ℓᵢ = −log p_y, and γ = log p_y − log(1 − p_y) is an increasing function of
         p_y, hence a decreasing function of ℓᵢ. So (b) gives γᵢ(θ̂₋ᵢ) ≤ γᵢ(θ̂) and p_y(θ̂₋ᵢ) ≤

@@ -44,7 +44,8 @@ PROOF
         another problem (a mutant). ∎
 
 CHECK
-    The library on both sides of each statement; in (b) with T(φ) = B(φ + β sin φ), Ω carried along
+    The library on both sides of each statement that holds, NumPy on both sides of the two that tell
+    what fails off θ̂; in (b) with T(φ) = B(φ + β sin φ), Ω carried along
     as one more datum whose loss is nΩ/w, so that influx's own l2 is 0.
 
 SOURCE

@@ -10,9 +10,8 @@ STATEMENT
             |I + bracket| ≤ √(ρ_mᵀH⁻¹ρ_m) √(ρ_gᵀH⁻¹ρ_g) ≤ ‖ρ_m‖‖ρ_g‖/λ_min(H).
         (b) is its case x̃_v = (0, H_ψψ⁻¹v_ψ) (Galerkin), whose bracket is −I_ψ.
     (d) gᵢ_ψᵀH_ψψ⁻¹gᵢ_ψ ≤ gᵢᵀH⁻¹gᵢ: a restricted self-influence never exceeds the full one.
-    (e) With 0 < a ≤ λ_min(H), k Lanczos steps from ρ and the Gauss–Radau rule with a node at a
-    bound ρᵀH⁻¹ρ
-        from above; a = min l2 + λ will do for any H = positive semi-definite + diag(l2) + λI.
+    (e) With 0 < a ≤ λ_min(H), k Lanczos steps from ρ and the Gauss–Radau rule with a node at a bound
+        ρᵀH⁻¹ρ from above; a = min l2 + λ will do for any H = positive semi-definite + diag(l2) + λI.
 
 ASSUMPTIONS
     H symmetric positive definite (with damping, H + λI throughout); in (a), for I_ψ as a
@@ -33,8 +32,7 @@ PROOF
         −I_ψ, and ρ_v = (r_v, 0), whose form ρ_mᵀH⁻¹ρ_g = r_mᵀS⁻¹r_g: the φφ block of H⁻¹ is S⁻¹.
     (d) (b) with m = ℓᵢ: sᵢ = sᵢ_ψ + r_gᵀS⁻¹r_g and S⁻¹ ≻ 0.
     (e) With H = Σ λⱼuⱼuⱼᵀ, ρᵀH⁻¹ρ = ∫ f dμ, f(x) = 1/x, μ the positive measure Σ(uⱼᵀρ)² at λⱼ. The
-    rule
-        with the k Gauss nodes t of the modified measure (x − a)dμ and the node a is exact for
+        rule with the k Gauss nodes t of the modified measure (x − a)dμ and the node a is exact for
         polynomials of degree ≤ 2k. Its remainder is f^{(2k+1)}(ξ)/(2k + 1)! ∫ (x − a)Π(x − t)² dμ
         for some ξ in the hull: interpolate f at a once and at each t twice. f^{(2k+1)} < 0 for x >
         0, and the integrand is ≥ 0 since x ≥ a on the spectrum. So the integral is at most the

@@ -5,10 +5,9 @@ STATEMENT
     (a) g = −ε⊗h̃ and H = (1/n) Σⱼ wⱼ (diag pⱼ − pⱼpⱼᵀ)⊗h̃ⱼh̃ⱼᵀ + diag(l2). Each output's Jacobian
         is I_C⊗h̃ᵀ.
     (b) Where the data part is S⊗A, S ⪰ 0 with null space span(1) and A ≻ 0, and there is no Ω:
-            I(i; ℓ_t) = −⟨ε_i, ε_t⟩_{S⁺} ⟨h̃_i, h̃_t⟩_{A⁻¹},    H⁻¹ read as the pseudo-inverse, the
-            limit of
-        (H + λI)⁻¹ as λ → 0. If all pⱼ equal one p, S = diag p − ppᵀ and A = (1/n) Σ wⱼh̃ⱼh̃ⱼᵀ do
-        it, and
+            I(i; ℓ_t) = −⟨ε_i, ε_t⟩_{S⁺} ⟨h̃_i, h̃_t⟩_{A⁻¹},
+        H⁻¹ read as the pseudo-inverse, the limit of (H + λI)⁻¹ as λ → 0. If all pⱼ equal one p, then
+        S = diag p − ppᵀ and A = (1/n) Σ wⱼh̃ⱼh̃ⱼᵀ do it, and
             ⟨ε_i, ε_t⟩_{S⁺} = [y_i = y_t]/p_{y_i} − 1.
     (c) Two classes, l2 the same for both classes' rows: exactly, with any weights, l2 and damping,
             I(i; ℓ_t) = −2 ε_i ε_t h̃_tᵀ (2B + Λ + λI)⁻¹ h̃_i,   B = (1/n) Σ wⱼpⱼ(1 − pⱼ) h̃ⱼh̃ⱼᵀ,
@@ -38,14 +37,13 @@ PROOF
         second. ∎
 
 CHECK
-    (a) the library's Hessian, gradients and head Jacobian, in every product it offers, against
-        these
-    formulas in NumPy; (b) at W = 0, where all p are equal, λ = 1e-9; (c) at θ̂ with λ and l2.
+    (a) the library's Hessian, gradients and head Jacobian (its products one by one in the project's
+    tests), against these formulas in NumPy; (b) at W = 0, where all p are equal, λ = 1e-9; (c) at θ̂ with λ and l2.
 
 SOURCE
     D. Böhning, "Multinomial logistic regression algorithm" (1992), for (a); the reading of (b) and
     (c) is this project's own; compare C.-K. Yeh et al., "Representer point selection",
-        arXiv:1811.09720.
+    arXiv:1811.09720.
 """
 
 from collections.abc import Callable
