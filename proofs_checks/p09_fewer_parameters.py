@@ -40,8 +40,7 @@ PROOF
 
 CHECK
     (a) against own re-minimisation of ψ alone, (b) and (c) by NumPy blocks and random x̃, (d), and
-        (e):
-    `restriction_bound` contains the truth at k = 1, and closes at k = P.
+    (e): `restriction_bound` contains the truth at k = 1, and closes at k = P.
 
 SOURCE
     P. W. Koh, P. Liang, arXiv:1703.04730, for the last layer; G. H. Golub, G. Meurant, "Matrices,

@@ -38,7 +38,8 @@ PROOF
 
 CHECK
     (a) the library's Hessian, gradients and head Jacobian (its products one by one in the project's
-    tests), against these formulas in NumPy; (b) at W = 0, where all p are equal, λ = 1e-9; (c) at θ̂ with λ and l2.
+    tests), against these formulas in NumPy; (b) at W = 0, where all p are equal, λ = 1e-9; (c) at θ̂
+    with λ and l2.
 
 SOURCE
     D. Böhning, "Multinomial logistic regression algorithm" (1992), for (a); the reading of (b) and
