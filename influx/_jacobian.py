@@ -327,7 +327,14 @@ def is_affine(risk: EmpiricalRisk, model: Model) -> bool:
         return False
     try:
         jax.eval_shape(lambda ct: jax.linear_transpose(output, theta)(ct), shape)
-    except Exception:  # each primitive that cannot be transposed says so in its own way
+    except (
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        KeyError,
+    ):  # each primitive that cannot be transposed says so in its own way
         return False
     program = jax.make_jaxpr(output)(theta).jaxpr
     return not _casts(program, {*program.invars})

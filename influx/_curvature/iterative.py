@@ -24,7 +24,45 @@ from .base import AbstractCurvature, AbstractFactored, check_curvature
 _CG_UNIT = 2.0**30
 
 
-class CG(AbstractCurvature):
+class AbstractIterative(AbstractCurvature):
+    """A curvature solved with by its products alone, in the way that `factor` chooses."""
+
+    curvature: AbstractCurvature
+    rtol: float | None
+    max_steps: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        curvature: AbstractCurvature,
+        *,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+    ):
+        self.curvature = check_curvature(curvature)
+        self.rtol, self.max_steps = _checked_settings(rtol, max_steps)
+
+    @property
+    def damping(self):
+        return self.curvature.damping
+
+    def matvec(self, risk, model):
+        return self.curvature.matvec(risk, model)
+
+    def lower_end(self, risk, model):
+        return self.curvature.lower_end(risk, model)
+
+    def newton_steps(self, risk, model, factored, jacobian):
+        return self.curvature.newton_steps(risk, model, factored, jacobian)
+
+    def limits(self, model: Model) -> tuple[float, int]:
+        """The relative residual and the number of steps at which a solve ends."""
+        theta, _ = ravel(model)
+        reachable = 1e-10 if theta.dtype == jnp.float64 else 1e-4
+        steps = min(10 * theta.size, 2000) if self.max_steps is None else self.max_steps
+        return reachable if self.rtol is None else self.rtol, steps
+
+
+class CG(AbstractIterative):
     """Solves with a curvature by conjugate gradients on its products: O(P) memory.
 
     **Arguments:**
@@ -42,43 +80,16 @@ class CG(AbstractCurvature):
     optimization" (2010).
     """
 
-    curvature: AbstractCurvature
-    rtol: float | None
-    max_steps: int | None = eqx.field(static=True)
-
-    def __init__(
-        self,
-        curvature: AbstractCurvature,
-        *,
-        rtol: float | None = None,
-        max_steps: int | None = None,
-    ):
-        self.curvature = check_curvature(curvature)
-        self.rtol, self.max_steps = _checked_settings(rtol, max_steps)
-
-    @property
-    def damping(self):
-        return self.curvature.damping
-
-    def matvec(self, risk, model):
-        return self.curvature.matvec(risk, model)
-
-    def lower_end(self, risk, model):
-        return self.curvature.lower_end(risk, model)
-
     def factor(self, risk, model):
-        rtol, steps = _limits(self.rtol, self.max_steps, model)
+        rtol, steps = self.limits(model)
         solver = lx.CG(rtol=0.0, atol=rtol, max_steps=steps)
         factored = Iterative(risk, model, self.curvature, solver, _CG_UNIT)
         if is_concrete((risk, model)):
             _check_ritz(factored)
         return factored
 
-    def newton_steps(self, risk, model, factored, jacobian):
-        return self.curvature.newton_steps(risk, model, factored, jacobian)
 
-
-class MINRES(AbstractCurvature):
+class MINRES(AbstractIterative):
     """Solves with a curvature by minimal residuals on its products: as `CG`, but for symmetric
     matrices that may be indefinite or singular.
 
@@ -89,37 +100,10 @@ class MINRES(AbstractCurvature):
     **Source:** Paige & Saunders, "Solution of sparse indefinite systems of linear equations" (1975).
     """
 
-    curvature: AbstractCurvature
-    rtol: float | None
-    max_steps: int | None = eqx.field(static=True)
-
-    def __init__(
-        self,
-        curvature: AbstractCurvature,
-        *,
-        rtol: float | None = None,
-        max_steps: int | None = None,
-    ):
-        self.curvature = check_curvature(curvature)
-        self.rtol, self.max_steps = _checked_settings(rtol, max_steps)
-
-    @property
-    def damping(self):
-        return self.curvature.damping
-
-    def matvec(self, risk, model):
-        return self.curvature.matvec(risk, model)
-
-    def lower_end(self, risk, model):
-        return self.curvature.lower_end(risk, model)
-
     def factor(self, risk, model):
-        rtol, steps = _limits(self.rtol, self.max_steps, model)
+        rtol, steps = self.limits(model)
         solver = MinresSolver(rtol=0.0, atol=rtol, max_steps=steps)
         return Iterative(risk, model, self.curvature, solver, 1.0)
-
-    def newton_steps(self, risk, model, factored, jacobian):
-        return self.curvature.newton_steps(risk, model, factored, jacobian)
 
 
 class Iterative(AbstractFactored):
@@ -177,14 +161,6 @@ def _checked_settings(rtol: Any, max_steps: Any) -> tuple[Any, Any]:
             f"`max_steps` must be a whole number, at least 1, got {max_steps!r}. None chooses one."
         )
     return rtol, max_steps
-
-
-def _limits(rtol: float | None, max_steps: int | None, model: Model) -> tuple[float, int]:
-    """The relative residual and the number of steps at which a solve ends."""
-    theta, _ = ravel(model)
-    reachable = 1e-10 if theta.dtype == jnp.float64 else 1e-4
-    steps = min(10 * theta.size, 2000)
-    return reachable if rtol is None else rtol, steps if max_steps is None else max_steps
 
 
 @eqx.filter_jit
