@@ -104,6 +104,9 @@ class AbstractCurvature(eqx.Module):
 
     damping: eqx.AbstractVar[Scalar]
 
+    def __repr__(self) -> str:
+        return eqx.tree_pformat(self, short_arrays=False)  # settings are for reading
+
     @abc.abstractmethod
     def matvec(self, risk: EmpiricalRisk, model: Model) -> Callable[[Array], Array]:
         """The map v ↦ Hv, undamped, in the order of `ravel(model)`."""
