@@ -358,6 +358,12 @@ def test_constants_are_attained(name):
     assert at(bent)[2] == pytest.approx(float(bounds.third), rel=1e-9)
 
 
+def test_the_binary_curvature_keeps_its_digits_where_the_loss_is_flat():
+    z = np.array([-700.0, -60.0, 0.3, 60.0, 700.0])
+    curvature = jnp.diagonal(ix.BinaryCrossEntropy().output_hessian(jnp.asarray(z), None))
+    np.testing.assert_allclose(curvature, 1 / (2 + 2 * np.cosh(z)), rtol=1e-12)
+
+
 def test_the_squared_error_is_quadratic():
     bounds = ix.SquaredError().constants(shape_of("squared"))
     assert (bounds.smoothness, bounds.third) == (1.0, 0.0)

@@ -25,8 +25,10 @@ class BinaryCrossEntropy(AbstractLoss):
         return jnp.sum(jnn.softplus(output) - target.astype(output.dtype) * output)
 
     def output_hessian(self, output, target):
-        p = jnn.sigmoid(output).reshape(-1)
-        return jnp.diag(p * (1 - p))
+        z = output.reshape(-1)
+        return jnp.diag(
+            jnn.sigmoid(z) * jnn.sigmoid(-z)
+        )  # 1 − σ(z) would lose the digits of a large z
 
     def output_fisher(self, output):
         return self.output_hessian(output, None)
