@@ -5,6 +5,8 @@ from . import testing as testing
 from ._certify import Certificate as Certificate
 from ._certify import certify as certify
 from ._curvature import CG as CG
+from ._curvature import EKFAC as EKFAC
+from ._curvature import KFAC as KFAC
 from ._curvature import MINRES as MINRES
 from ._curvature import BlockDiagonal as BlockDiagonal
 from ._curvature import Diagonal as Diagonal

@@ -208,7 +208,7 @@ def _evaluated_slopes(f: Influence, refine: int) -> Callable:
     def slopes(indices):
         steps = f.response.displace(indices)
         for _ in range(refine):
-            steps = steps - f.response.prepare(jax.vmap(gradient)(indices, steps))
+            steps = steps - f.response.solve(jax.vmap(gradient)(indices, steps))
         return steps, jnp.linalg.norm(jax.vmap(gradient)(indices, steps), axis=1)
 
     return slopes

@@ -8,7 +8,7 @@ from ._curvature import AbstractCurvature, Hessian, check_curvature
 from ._custom_types import Model, Scores
 from ._effect import AbstractEffect, Derivative
 from ._measurement import AbstractMeasurement, Loss
-from ._misc import check_chunk, chunk_length, chunked_map, dot, ravel, take
+from ._misc import check_chunk, chunk_length, chunked_map, dot, take
 from ._response import AbstractResponse, Implicit
 from ._risk import EmpiricalRisk
 from ._scale import AbstractScale, Unscaled
@@ -111,8 +111,10 @@ def _scores(f: Influence, queries: PyTree[Array]) -> Scores:
 
 
 def query_chunk(f: Influence, queries: PyTree[Array], columns: int | None = None) -> int:
-    """How many queries fit the byte budget: each keeps c gradients of P, and c rows of scores."""
-    theta, _ = ravel(f.model)
-    shape = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), take(queries, 0))
-    rows = 2 * theta.size + (f.risk.n if columns is None else columns)
-    return chunk_length(max(1, shape.size) * rows, theta.dtype)
+    """How many queries fit the byte budget: each keeps what it was prepared to, and c rows of scores."""
+    prepared, shape = jax.eval_shape(
+        lambda q: (f.effect.prepare(f, q), f.measurement(f.risk, f.model, q)), take(queries, 0)
+    )
+    rows = max(1, shape.size) * (f.risk.n if columns is None else columns)
+    items = rows + sum(x.size for x in jax.tree_util.tree_leaves(prepared))
+    return chunk_length(items, f.risk.weights.dtype)

@@ -113,5 +113,4 @@ def _newton_change(f: Influence) -> Float[Array, " n"]:
 
 def _first_order_change(f: Influence) -> Float[Array, " n"]:
     """−wᵢ I(i; γᵢ)/n = (wᵢ/n) ∇γᵢᵀH⁻¹gᵢ, each point on its own margin."""
-    own = lambda example, g, x: jnp.vdot(Margin().gradient(f.risk, f.model, example), x)
-    return f.risk.weights / f.risk.n * f.response.map_solved(own)
+    return f.risk.weights / f.risk.n * f.response.own(Margin())[:, 0]

@@ -243,7 +243,7 @@ def _influence_laws(f: Influence, indices) -> list[Law]:
     gradients = jax.vmap(lambda z: example_gradient(f.risk, f.model, z))(data)
     penalty = ravel_gradient(jax.grad(lambda t: f.risk.regulariser(rebuild(t)))(theta))
     total = f.risk.n * (penalty - risk_gradient(f.risk, f.model))
-    sums = jax.vmap(lambda x: jnp.vdot(x, total))(f.response.prepare(gradients))
+    sums = jax.vmap(lambda x: jnp.vdot(x, total))(f.response.solve(gradients))
     spread = jnp.sum(jnp.abs(scores) * f.risk.weights[None, :], axis=1)
     zero_sum = jnp.max(jnp.abs(scores @ f.risk.weights - sums) / spread)
     pairs = scores[:, indices]

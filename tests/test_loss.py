@@ -463,6 +463,9 @@ class WithHessian(AbstractLoss):
     def output_fisher(self, output):
         return self.loss.output_fisher(output)
 
+    def fisher_root(self, output):
+        return self.loss.fisher_root(output)
+
     def draw(self, key, output):
         return self.loss.draw(key, output)
 

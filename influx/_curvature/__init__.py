@@ -11,3 +11,7 @@ from .hessian import Hessian as Hessian
 from .identity import Identity as Identity
 from .iterative import CG as CG
 from .iterative import MINRES as MINRES
+from .kfac import EKFAC as EKFAC
+from .kfac import KFAC as KFAC
+from .kronecker import EigenBlock as EigenBlock
+from .kronecker import Kronecker as Kronecker

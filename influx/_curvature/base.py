@@ -16,6 +16,7 @@ from .._misc import chunk_length, is_concrete, ravel
 from .._risk import EmpiricalRisk
 
 if TYPE_CHECKING:
+    from .kronecker import Kronecker
     from .newton_step import AbstractNewtonSteps
 
 
@@ -34,6 +35,11 @@ class AbstractFactored(eqx.Module):
     @abc.abstractmethod
     def matvec(self) -> Callable[[Float[Array, " P"]], Float[Array, " P"]]:
         """The map v ↦ (H + λI) v. What all its products share is computed when it is asked for."""
+
+    @property
+    def layered(self) -> "Kronecker | None":
+        """The same curvature as one Kronecker-factored block a layer, where it is such."""
+        return None
 
     @abc.abstractmethod
     def try_solve(self, v: Float[Array, " P"]) -> tuple[Float[Array, " P"], Array]:

@@ -89,6 +89,20 @@ class Fisher(AbstractMatrixCurvature):
 
         return jax.vmap(drawn)(jr.split(jr.fold_in(self.key, i), self.draws))
 
+    def cotangents(self, loss: AbstractLoss, output, target, i):
+        """Rows u of the output's shape whose Σ u uᵀ is this Fisher's middle factor at example i."""
+        if self.kind == "exact":
+            return loss.fisher_root(output)
+        if self.kind == "empirical":
+            return jax.grad(loss)(output, target)[None]
+        assert self.key is not None  # `__init__` has seen to it
+        keys = jr.split(jr.fold_in(self.key, i), self.draws)
+
+        def drawn(key):
+            return jax.grad(loss)(output, loss.draw(key, output).astype(target.dtype))
+
+        return jax.vmap(drawn)(keys) / jnp.sqrt(jnp.asarray(self.draws, output.dtype))
+
     def lower_end(self, risk, model):
         return least_penalty(risk, model, self.damping)
 

@@ -1,21 +1,31 @@
-import jax.numpy as jnp
+from typing import Any
+
+import equinox as eqx
+import jax
 
 from .base import AbstractEffect
+
+
+class Prepared(eqx.Module):
+    """What a response made ready for one query, and the shape of the measurement there."""
+
+    state: Any
+    components: tuple[int, ...] = eqx.field(static=True)
 
 
 class Derivative(AbstractEffect):
     """I(i; m) = n · ∂m/∂wᵢ, divided by the scale."""
 
     def prepare(self, f, query):
-        gradient = f.measurement.gradient(f.risk, f.model, query)
-        return gradient, f.response.prepare(jnp.atleast_2d(gradient))
+        shape = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), query).shape
+        return Prepared(f.response.prepare(f.measurement, query), shape)
 
     def columns(self, f, prepared, indices):
-        gradient, solved = prepared
+        state = prepared.state
         scores = f.scale.divide(
-            f.response.columns(solved, indices),
+            f.response.columns(state, indices),
             indices,
-            lambda: f.response.quadratic(jnp.atleast_2d(gradient)),
-            lambda others: f.response.columns(solved, others),
+            lambda: f.response.quadratic(state),
+            lambda others: f.response.columns(state, others),
         )
-        return scores.reshape(*gradient.shape[:-1], -1)
+        return scores.reshape(*prepared.components, -1)

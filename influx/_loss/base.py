@@ -40,6 +40,14 @@ class AbstractLoss(eqx.Module):
         """
 
     @abc.abstractmethod
+    def fisher_root(self, output: Array) -> Float[Array, "r ..."]:
+        """Rows u of the output's shape with Σ u uᵀ = `output_fisher(output)`, flattened: cotangents
+        whose second moments are the exact Fisher's.
+
+        Raises `ValueError` where the loss is not a negative log-likelihood.
+        """
+
+    @abc.abstractmethod
     def draw(self, key: PRNGKeyArray, output: Array) -> Array:
         """A target from the model's own distribution p(· | output): what a sampled Fisher needs.
 

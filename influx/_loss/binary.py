@@ -33,6 +33,11 @@ class BinaryCrossEntropy(AbstractLoss):
     def output_fisher(self, output):
         return self.output_hessian(output, None)
 
+    def fisher_root(self, output):
+        z = output.reshape(-1)
+        deviation = jnp.sqrt(jnn.sigmoid(z) * jnn.sigmoid(-z))
+        return jnp.diag(deviation).reshape(-1, *output.shape)
+
     def draw(self, key, output):
         return jr.bernoulli(key, jnn.sigmoid(output)).astype(jnp.int32)
 

@@ -53,6 +53,9 @@ class CustomLoss(AbstractLoss):
             'Fisher("empirical"), or GaussNewton().'
         )
 
+    def fisher_root(self, output):
+        return self.output_fisher(output)  # says why there is none
+
     def draw(self, key, output):
         if self.sample is None:
             raise ValueError(

@@ -88,16 +88,38 @@ class SoftmaxCrossEntropy(AbstractLoss):
         scale = 1.0 if self.reduction == "sum" else 1.0 / p.shape[0]
         return _block_diagonal(scale * blocks)
 
-    def output_fisher(self, output):
-        # Positions draw their targets independently: within a position the second moment of the
-        # score, across positions the product of its means (0 for hard, unweighted labels).
-        C = output.shape[-1]
-        flat = output.reshape(-1, C)
+    def _class_scores(self, flat):
+        """∇ℓ of each position for each class, [T, C, C], and p, [T, C]."""
+        C = flat.shape[-1]
         single = SoftmaxCrossEntropy(
             class_weights=self.class_weights, label_smoothing=self.label_smoothing
         )
         scores = jax.vmap(lambda z: jax.vmap(lambda y: jax.grad(single)(z, y))(jnp.arange(C)))(flat)
-        p = jnn.softmax(flat, axis=-1)
+        return scores, jnn.softmax(flat, axis=-1)
+
+    def fisher_root(self, output):
+        # √p_c (score_c − mean) at one position and 0 at the others; the means of all positions
+        # together, which are 0 for hard and unweighted labels, are one row more.
+        flat = output.reshape(-1, output.shape[-1])
+        (T, C), dtype = flat.shape, flat.dtype
+        scores, p = self._class_scores(flat)
+        mean = jnp.einsum("tc,tck->tk", p, scores)
+        rows = jnp.sqrt(p)[:, :, None] * (scores - mean[:, None, :])
+        rows = rows if T == 1 else jnp.einsum("tck,ts->tcsk", rows, jnp.eye(T, dtype=dtype))
+        rows = rows.reshape(T * C, *output.shape)
+        if self.class_weights is not None or not self._is_hard:
+            rows = jnp.concatenate([rows, mean.reshape(1, *output.shape)])
+        return rows * (1.0 if self.reduction == "sum" else 1.0 / T)
+
+    @property
+    def _is_hard(self) -> bool:
+        return isinstance(self.label_smoothing, float) and self.label_smoothing == 0.0
+
+    def output_fisher(self, output):
+        # Positions draw their targets independently: within a position the second moment of the
+        # score, across positions the product of its means (0 for hard, unweighted labels).
+        flat = output.reshape(-1, output.shape[-1])
+        scores, p = self._class_scores(flat)
         mean = jnp.einsum("tc,tck->tk", p, scores)
         second = jnp.einsum("tc,tck,tcl->tkl", p, scores, scores)
         covariance = second - jnp.einsum("tk,tl->tkl", mean, mean)
@@ -127,7 +149,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
             lipschitz=top * float(np.sqrt(2.0 * positions)),
             smoothness=0.5 * top,
             third=top * float(np.sqrt(2.0 / 27.0)),
-            hard=isinstance(self.label_smoothing, float) and self.label_smoothing == 0.0,
+            hard=self._is_hard,
         )
 
     def check(self, output, targets):

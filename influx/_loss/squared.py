@@ -28,6 +28,9 @@ class SquaredError(AbstractLoss):
     def output_fisher(self, output):
         return jnp.eye(output.size, dtype=output.dtype)
 
+    def fisher_root(self, output):
+        return jnp.eye(output.size, dtype=output.dtype).reshape(-1, *output.shape)
+
     def draw(self, key, output):
         return output + jr.normal(key, output.shape, output.dtype)
 

@@ -2,9 +2,10 @@ import abc
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import Model
+from .._measurement import AbstractMeasurement
 from .._risk import EmpiricalRisk
 
 
@@ -12,10 +13,11 @@ class AbstractResponse(eqx.Module):
     """R = ∂θ̂/∂w, how the trained parameters move when data weights move, behind its products.
 
     Influence is n times a product with it, so that its unit does not shrink as data grows. Products
-    are taken in two steps, so that the columns (training points) may be asked for in chunks:
+    are taken in two steps, so that the columns (training points) may be asked for in chunks: with V the
+    gradients of the components of m at a query,
 
     ```python
-    response.columns(response.prepare(V), indices) == response.pull(V)[:, indices]
+    response.columns(response.prepare(m, query), indices) == (n * V @ R)[:, indices]
     ```
     """
 
@@ -23,20 +25,24 @@ class AbstractResponse(eqx.Module):
     model: eqx.AbstractVar[Model]
 
     @abc.abstractmethod
-    def prepare(self, vectors: Float[Array, "k P"]) -> Any:
-        """What the rows v need once, whatever the columns (for an implicit response, H⁻¹v)."""
+    def prepare(self, measurement: AbstractMeasurement, query: PyTree[Array]) -> Any:
+        """What one query needs once, whatever the columns (for an implicit response, H⁻¹∇m)."""
 
     @abc.abstractmethod
     def columns(self, prepared: Any, indices: Int[Array, " b"] | None) -> Float[Array, "k b"]:
-        """n · vᵀR at some training points (`None`: all): the influences I(i; m) where v = ∇m."""
+        """n · ∇mᵀR at some training points (`None`: all): the influences I(i; m)."""
 
     @abc.abstractmethod
-    def quadratic(self, vectors: Float[Array, "k P"]) -> Float[Array, " k"]:
-        """vᵀH⁻¹v for each row; `ValueError` where the response has no curvature."""
+    def quadratic(self, prepared: Any) -> Float[Array, " k"]:
+        """∇mᵀH⁻¹∇m of each component; `ValueError` where the response has no curvature."""
 
     @abc.abstractmethod
-    def map_solved(self, fn) -> Any:
-        """`fn(zᵢ, gᵢ, H⁻¹gᵢ)` stacked over the training points."""
+    def own(self, measurement: AbstractMeasurement, *, power: int = 1) -> Float[Array, "n k"]:
+        """∇mᵢᵀH⁻ᵖgᵢ of every training point, m measured at the point itself."""
+
+    @abc.abstractmethod
+    def solve(self, vectors: Float[Array, "k P"]) -> Float[Array, "k P"]:
+        """H⁻¹v for each row v; `ValueError` where the response has no curvature."""
 
     @abc.abstractmethod
     def check_displace(self) -> None:
@@ -56,7 +62,3 @@ class AbstractResponse(eqx.Module):
     def displace(self, indices: Int[Array, " b"]) -> Float[Array, "b P"]:
         """Δθᵢ = −H₋ᵢ⁻¹∇J₋ᵢ(θ̂): one Newton step without point i, from θ̂ (P10)."""
         return self.newton_steps(indices)[0]
-
-    def pull(self, vectors: Float[Array, "k P"]) -> Float[Array, "k n"]:
-        """n · vᵀR for each row v."""
-        return self.columns(self.prepare(vectors), None)

@@ -1,13 +1,13 @@
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 
 from .._curvature import AbstractCurvature, AbstractFactored
 from .._curvature.newton_step import AbstractNewtonSteps
 from .._custom_types import Model
-from .._gradients import map_gradients, risk_gradient
+from .._engine import AbstractScoring, Layered, PerExample
+from .._gradients import risk_gradient
 from .._jacobian import AbstractJacobian, output_jacobian
-from .._misc import dot, take
+from .._misc import take
 from .._risk import EmpiricalRisk
 from .base import AbstractResponse
 
@@ -15,7 +15,8 @@ from .base import AbstractResponse
 class Implicit(AbstractResponse):
     """R = −(1/n) H⁻¹ [g_1 … g_n], by the implicit function theorem at θ̂ (theory: §2).
 
-    Holds the curvature factored once. Per-example gradients are recomputed a chunk at a time.
+    Holds the curvature factored once. Gradients of training points are recomputed a chunk at a time,
+    in the way that `scoring` says.
     """
 
     risk: EmpiricalRisk
@@ -25,7 +26,7 @@ class Implicit(AbstractResponse):
     output: jax.ShapeDtypeStruct | None = eqx.field(static=True)  # of one input, if one array
     jacobian: AbstractJacobian | None
     newton: AbstractNewtonSteps | None
-    chunk_size: int | None = eqx.field(static=True)
+    scoring: AbstractScoring
 
     def __init__(
         self,
@@ -37,26 +38,27 @@ class Implicit(AbstractResponse):
     ):
         self.risk, self.model, self.curvature = risk, model, curvature
         self.factored = curvature.factor(risk, model)
-        self.chunk_size = chunk_size
+        layered = self.factored.layered is not None
+        self.scoring = (Layered if layered else PerExample)(chunk_size)
         output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
         self.output = output if isinstance(output, jax.ShapeDtypeStruct) else None
         self.jacobian = output_jacobian(risk, model) if self.output is not None else None
         self.newton = curvature.newton_steps(risk, model, self.factored, self.jacobian)
 
-    def prepare(self, vectors):
-        return jax.vmap(self.factored.solve)(vectors)
+    def prepare(self, measurement, query):
+        return self.scoring.prepare(self, measurement, query)
 
     def columns(self, prepared, indices):
-        data = self.risk.data if indices is None else take(self.risk.data, indices)
-        products = self._map_gradients(lambda _, g: dot(prepared, g), data)
-        return -jnp.transpose(products)
+        return self.scoring.columns(self, prepared, indices)
 
-    def quadratic(self, vectors):
-        return jnp.sum(vectors * self.prepare(vectors), axis=1)
+    def quadratic(self, prepared):
+        return self.scoring.quadratic(self, prepared)
 
-    def map_solved(self, fn):
-        solved = lambda z, g: fn(z, g, self.factored.solve(g))
-        return self._map_gradients(solved, self.risk.data)
+    def own(self, measurement, *, power=1):
+        return self.scoring.own(self, measurement, power)
+
+    def solve(self, vectors):
+        return jax.vmap(self.factored.solve)(vectors)
 
     def check_displace(self):
         if self.newton is None:
@@ -71,9 +73,6 @@ class Implicit(AbstractResponse):
 
     def settle(self):
         return -self.factored.solve(risk_gradient(self.risk, self.model))
-
-    def _map_gradients(self, fn, data):
-        return map_gradients(fn, self.risk, self.model, data, chunk_size=self.chunk_size)
 
 
 def implicit_response(response: AbstractResponse, verb: str) -> Implicit:

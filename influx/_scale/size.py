@@ -1,14 +1,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._measurement import Loss
 from .._response import AbstractResponse
 from .base import AbstractScale, nan_ratio
-
-_SIZES = {
-    "loss": lambda _, g, x: jnp.sqrt(jnp.vdot(g, x)),
-    "parameters": lambda _, g, x: jnp.linalg.norm(x),
-    "self": lambda _, g, x: jnp.vdot(g, x),
-}
 
 
 class BySize(AbstractScale):
@@ -29,4 +24,5 @@ class BySize(AbstractScale):
 
 def sizes(response: AbstractResponse, kind: str) -> Float[Array, " n"]:
     """√sᵢ for "loss", ‖H⁻¹gᵢ‖ for "parameters", sᵢ for "self"."""
-    return response.map_solved(_SIZES[kind])
+    squares = response.own(Loss(), power=2 if kind == "parameters" else 1)[:, 0]
+    return squares if kind == "self" else jnp.sqrt(squares)

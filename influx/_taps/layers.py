@@ -1,6 +1,5 @@
 """Layers: every parameter of a model in exactly one matrix-shaped block, read from its uses."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,9 +93,8 @@ class Layer:
         return Rows(left, right)
 
     def _read(self, a: Array, g: Array, swapped: bool) -> Rows:
-        S, l, r = self.shape
         if swapped:
-            rows = _spelled_out(Rows(g, a[None]), l, g.shape[0])
+            rows = _spelled_out(Rows(g, a[None]), self.shape[1], g.shape[0])
             return Rows(rows.right, rows.left)
         if len(self.leaves) > 1:
             a = jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), a.dtype)], axis=-1)

@@ -101,7 +101,7 @@ def _read_scan(equation, inputs, leaf_shapes, depth, counter) -> Reading:
             roles.append(None)
             if isinstance(role, View | Spread):
                 uses.append(Use(role.leaf, "scan"))
-    inner, outs = read(_program_of(equation), roles, leaf_shapes, depth=depth + 1, counter=counter)
+    inner, _ = read(_program_of(equation), roles, leaf_shapes, depth=depth + 1, counter=counter)
     inner.uses += uses
     # A parameter that a loop hands on is not followed.
     inner.uses = [Use(u.leaf, "scan") if u.kind == "output" else u for u in inner.uses]
@@ -148,7 +148,11 @@ def _moved(equation, role: Role, leaf_shapes) -> Role:
         "copy": lambda x: x,
     }
     floating = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
-    if name not in moves or not floating or params.get("dimensions") is not None and name == "reshape":
+    if (
+        name not in moves
+        or not floating
+        or (params.get("dimensions") is not None and name == "reshape")
+    ):
         return None
     if isinstance(role, View):
         return moves[name](role)

@@ -100,9 +100,7 @@ def _windows(x: Array, kernel: tuple[int, ...], params) -> Array:
     for offset in np.ndindex(*kernel):
         start = [k * d for k, d in zip(offset, dilation)]
         stop = [a + (p - 1) * s + 1 for a, p, s in zip(start, places, strides)]
-        parts.append(
-            lax.slice(x, (0, 0, *start), (*x.shape[:2], *stop), (1, 1, *strides))
-        )
+        parts.append(lax.slice(x, (0, 0, *start), (*x.shape[:2], *stop), (1, 1, *strides)))
     stacked = jnp.stack(parts, axis=-1)  # [N, channels, *places, kernel]
     return jnp.moveaxis(stacked, 1, -2)
 

@@ -53,9 +53,7 @@ class Watched:
             for leaf, x in zip(direct, chosen):
                 leaves[leaf] = x
             inputs = [*leaves, *jtu.tree_leaves(example)]
-            outs, seen = run(
-                self._closed.jaxpr, self._reading, self._closed.consts, inputs, shifts
-            )
+            outs, seen = run(self._closed.jaxpr, self._reading, self._closed.consts, inputs, shifts)
             return outs[0], seen
 
         zeros = [jnp.zeros(tap.struct.shape, tap.struct.dtype) for tap in self._reading.taps]

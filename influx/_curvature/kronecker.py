@@ -1,0 +1,123 @@
+"""A curvature of one block a layer, diagonal in a basis Q_l ⊗ Q_r: what K-FAC and EK-FAC both are."""
+
+import math
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._misc import einsum
+from .._taps import Layer, Rows
+from .base import AbstractFactored
+
+
+class EigenBlock(eqx.Module):
+    """H of one layer: (Q_l ⊗ Q_r) diag(values) (Q_l ⊗ Q_r)ᵀ on matrices [S, l, r], ∇²Ω contained.
+
+    A basis of `None` is the identity. `terms` are weights p, q [S, ρ, ·] with Σ_ρ p ⊗ q near
+    1/(values + λ), `None` where the inverse is used as it is.
+    """
+
+    layer: Layer = eqx.field(static=True)
+    left: Float[Array, "S l l"] | None
+    right: Float[Array, "S r r"] | None
+    values: Float[Array, "S l r"]
+    damping: Float[Array, ""]
+    terms: tuple[Float[Array, "S k l"], Float[Array, "S k r"]] | None = None
+
+    @property
+    def inverse(self) -> Float[Array, "S l r"]:
+        """The eigenvalues of (H + λI)⁻¹."""
+        return 1 / (self.values + self.damping)
+
+    def rotate(self, matrix: Float[Array, "*b S l r"]) -> Float[Array, "*b S l r"]:
+        """Q_lᵀ V Q_r."""
+        return _right(_left(matrix, _transposed(self.left)), self.right)
+
+    def rotate_back(self, matrix: Float[Array, "*b S l r"]) -> Float[Array, "*b S l r"]:
+        """Q_l V Q_rᵀ."""
+        return _right(_left(matrix, self.left), _transposed(self.right))
+
+    def scaled(self, matrix: Float[Array, "*b S l r"], by) -> Float[Array, "*b S l r"]:
+        """Q_l (by ∘ (Q_lᵀ V Q_r)) Q_rᵀ."""
+        rotated = self.rotate(matrix)
+        return self.rotate_back(rotated * jnp.broadcast_to(by, rotated.shape))
+
+    def rotate_rows(self, rows: Rows) -> Rows:
+        """The rows of a gradient in the eigenbasis; one-hot rows only where Q_r is the identity."""
+        left = (
+            rows.left if self.left is None else einsum("...stl,slm->...stm", rows.left, self.left)
+        )
+        if self.right is None:
+            return Rows(left, rows.right)
+        return Rows(left, einsum("...str,srq->...stq", rows.right, self.right))
+
+
+def _transposed(basis):
+    return None if basis is None else basis.swapaxes(-1, -2)
+
+
+def _left(matrix, basis):
+    return matrix if basis is None else einsum("slm,...smr->...slr", basis, matrix)
+
+
+def _right(matrix, basis):
+    return matrix if basis is None else einsum("...slr,srq->...slq", matrix, basis)
+
+
+class Kronecker(AbstractFactored):
+    """Blocks of layers, each solved with in its eigenbasis: O(l r (l + r)) a layer and solve.
+
+    `shapes` are those of the model's parameter leaves, in the order of `ravel(model)`.
+    """
+
+    blocks: tuple[EigenBlock, ...]
+    shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+
+    @property
+    def matrix(self):
+        return None
+
+    @property
+    def layered(self):
+        return self
+
+    @property
+    def damping(self):
+        """λ of every parameter, [P]."""
+        full = lambda b: jnp.full(b.layer.shape, b.damping, b.values.dtype)
+        return self.join([full(b) for b in self.blocks])
+
+    @property
+    def matvec(self):
+        def matvec(v):
+            parts = self.split(v)
+            return self.join(
+                [b.scaled(V, b.values + b.damping) for b, V in zip(self.blocks, parts)]
+            )
+
+        return matvec
+
+    def try_solve(self, v):
+        parts = [b.scaled(V, b.inverse) for b, V in zip(self.blocks, self.split(v))]
+        return self.join(parts), jnp.asarray(True)
+
+    def perturbed(self, matvec):
+        raise NotImplementedError("A Kronecker-factored matrix plus another is not one.")
+
+    def split(self, v: Float[Array, " P"]) -> list[Float[Array, "S l r"]]:
+        """A vector of all parameters as the matrices of the layers."""
+        leaves, start = [], 0
+        for shape in self.shapes:
+            size = math.prod(shape)
+            leaves.append(v[start : start + size].reshape(shape))
+            start += size
+        return [block.layer.matrix(leaves) for block in self.blocks]
+
+    def join(self, matrices: Sequence[Float[Array, "S l r"]]) -> Float[Array, " P"]:
+        """The inverse of `split`: it moves entries only, so its transpose."""
+        total = sum(math.prod(shape) for shape in self.shapes)
+        like = jax.ShapeDtypeStruct((total,), matrices[0].dtype)
+        return jax.linear_transpose(self.split, like)(list(matrices))[0]

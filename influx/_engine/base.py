@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._measurement import AbstractMeasurement
+
+if TYPE_CHECKING:
+    from .._response import Implicit
+
+
+class AbstractScoring(eqx.Module):
+    """A way to take the products −∇mᵀ(H + λI)⁻¹gᵢ of one query with all training points.
+
+    Whatever the way, the law is the same:
+
+    ```python
+    way.columns(response, way.prepare(response, m, query), None) == -V @ (H + λI)⁻¹ @ G.T
+    ```
+
+    with V [k, P] the gradients of the components of m and G [n, P] those of the training losses. It
+    holds to rounding, and for K-FAC and EK-FAC to their `tolerance`.
+    """
+
+    @abc.abstractmethod
+    def prepare(
+        self, response: Implicit, measurement: AbstractMeasurement, query: PyTree[Array]
+    ) -> Any:
+        """What one query needs once, whatever the training points."""
+
+    @abc.abstractmethod
+    def columns(
+        self, response: Implicit, prepared: Any, indices: Int[Array, " b"] | None
+    ) -> Float[Array, "k b"]:
+        """I(i; m) at some training points (`None`: all)."""
+
+    @abc.abstractmethod
+    def quadratic(self, response: Implicit, prepared: Any) -> Float[Array, " k"]:
+        """∇mᵀ(H + λI)⁻¹∇m of each component."""
+
+    @abc.abstractmethod
+    def own(
+        self, response: Implicit, measurement: AbstractMeasurement, power: int
+    ) -> Float[Array, "n k"]:
+        """∇mᵢᵀ(H + λI)⁻ᵖgᵢ of every training point with the measurement at the point itself."""
