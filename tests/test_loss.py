@@ -215,6 +215,8 @@ def test_fisher_is_the_sum_over_all_targets(name, seed, spread):
     expected = gradients.T @ (np.array(probabilities)[:, None] * gradients)
     got = row.loss.output_fisher(jnp.asarray(output))
     np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-13)
+    root = np.asarray(row.loss.fisher_root(jnp.asarray(output))).reshape(-1, got.shape[0])
+    np.testing.assert_allclose(root.T @ root, got, rtol=1e-11, atol=1e-13)
     if row.likelihood:  # then the Fisher is the Gauss–Newton middle factor, whatever the target
         np.testing.assert_allclose(got, compiled(name)(output, targets[0])[3], rtol=0, atol=1e-13)
 

@@ -14,6 +14,7 @@ from .._taps import Layer, Rows, Watched
 from .base import AbstractCurvature
 from .fisher import Fisher
 from .kronecker import EigenBlock, Kronecker
+from .low_rank import low_rank
 
 
 class AbstractKroneckerFactored(AbstractCurvature):
@@ -21,6 +22,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
 
     fisher: eqx.AbstractVar[Fisher]
     sharing: eqx.AbstractVar[str]
+    tolerance: eqx.AbstractVar[float]
 
     @abc.abstractmethod
     def eigenvalues(
@@ -48,6 +50,11 @@ class AbstractKroneckerFactored(AbstractCurvature):
         blocks = [eqx.tree_at(lambda b: b.damping, block, damping) for block in blocks]
         for block in blocks:
             _check_positive(block)
+        if self.tolerance > 0:
+            blocks = [
+                low_rank(b, self.tolerance) if once else b
+                for b, once in zip(blocks, applied_once(risk, model))
+            ]
         return _kronecker(model, blocks)
 
     def lower_end(self, risk, model):
@@ -61,11 +68,14 @@ class KFAC(AbstractKroneckerFactored):
     fisher: Fisher
     damping: Scalar
     sharing: str = eqx.field(static=True)
+    tolerance: float = eqx.field(static=True)
 
-    def __init__(self, fisher="exact", *, damping=0.0, key=None, draws=1, sharing="expand"):
+    def __init__(
+        self, fisher="exact", *, damping=0.0, tolerance=0.0, key=None, draws=1, sharing="expand"
+    ):
         self.fisher = Fisher(fisher, key=key, draws=draws)
         self.damping = check_damping(damping)
-        self.sharing = sharing
+        self.sharing, self.tolerance = sharing, tolerance
 
     def eigenvalues(self, risk, model, blocks):
         return [block.values for block in blocks]
@@ -75,11 +85,14 @@ class EKFAC(AbstractKroneckerFactored):
     fisher: Fisher
     damping: Scalar
     sharing: str = eqx.field(static=True)
+    tolerance: float = eqx.field(static=True)
 
-    def __init__(self, fisher="exact", *, damping=0.0, key=None, draws=1, sharing="expand"):
+    def __init__(
+        self, fisher="exact", *, damping=0.0, tolerance=0.0, key=None, draws=1, sharing="expand"
+    ):
         self.fisher = Fisher(fisher, key=key, draws=draws)
         self.damping = check_damping(damping)
-        self.sharing = sharing
+        self.sharing, self.tolerance = sharing, tolerance
 
     def eigenvalues(self, risk, model, blocks):
         return _second_moments(self.fisher, blocks, risk, model)
@@ -88,6 +101,14 @@ class EKFAC(AbstractKroneckerFactored):
 def watched(risk: EmpiricalRisk, model) -> Watched:
     """The model's output on one training input, its layers watched."""
     return Watched(lambda m, x: risk.output(m, x), model, take(risk.data[0], 0))
+
+
+def applied_once(risk: EmpiricalRisk, model) -> list[bool]:
+    """For each layer whether an example's gradient is one outer product."""
+    watch = watched(risk, model)
+    one = take(risk.data[0], 0)
+    rows = jax.eval_shape(lambda x: watch.rows(x, lambda o: o[None])[1], one)
+    return [not row.indexed and row.left.shape[2] == 1 and row.right.shape[0] == 1 for row in rows]
 
 
 def _kronecker(model, blocks) -> Kronecker:
@@ -177,7 +198,7 @@ def _counts(places, weights, width: int):
 def _eigenblock(layer: Layer, left, right) -> EigenBlock:
     (ql, vl), (qr, vr) = (_eigen(x, dense) for x, dense in zip((left, right), layer.dense))
     values = vl[:, :, None] * vr[:, None, :]
-    return EigenBlock(layer, ql, qr, values, jnp.zeros((), values.dtype))
+    return EigenBlock(layer, ql, qr, values, jnp.zeros((), values.dtype), (vl, vr))
 
 
 def _eigen(factor, dense: bool):
@@ -193,10 +214,15 @@ def _penalties(risk: EmpiricalRisk, model, blocks):
     """The diagonal of ∇²Ω in the eigenbasis: Σ Q_l² l2 Q_r², l2 itself where it is one number."""
     parts = _kronecker(model, blocks).split(risk.l2_vector(model))
     square = lambda q: None if q is None else jnp.square(q)
+    bases = lambda b: (b.left, b.right)
     return [
-        EigenBlock(b.layer, square(b.left), square(b.right), b.values, b.damping).rotate(part)
+        eqx.tree_at(bases, b, (square(b.left), square(b.right)), is_leaf=_is_none).rotate(part)
         for b, part in zip(blocks, parts)
     ]
+
+
+def _is_none(x) -> bool:
+    return x is None
 
 
 @eqx.filter_jit

@@ -16,7 +16,8 @@ from .base import AbstractFactored
 class EigenBlock(eqx.Module):
     """H of one layer: (Q_l ⊗ Q_r) diag(values) (Q_l ⊗ Q_r)ᵀ on matrices [S, l, r], ∇²Ω contained.
 
-    A basis of `None` is the identity. `terms` are weights p, q [S, ρ, ·] with Σ_ρ p ⊗ q near
+    A basis of `None` is the identity. `scales` are the eigenvalues of the two factors: the mean squares
+    of the gradients' factors in the eigenbasis. `terms` are weights p, q [S, ρ, ·] with Σ_ρ p ⊗ q near
     1/(values + λ), `None` where the inverse is used as it is.
     """
 
@@ -25,6 +26,7 @@ class EigenBlock(eqx.Module):
     right: Float[Array, "S r r"] | None
     values: Float[Array, "S l r"]
     damping: Float[Array, ""]
+    scales: tuple[Float[Array, "S l"], Float[Array, "S r"]]
     terms: tuple[Float[Array, "S k l"], Float[Array, "S k r"]] | None = None
 
     @property

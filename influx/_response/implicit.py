@@ -55,7 +55,7 @@ class Implicit(AbstractResponse):
         return self.scoring.quadratic(self, prepared)
 
     def own(self, measurement, *, power=1):
-        return self.scoring.own(self, measurement, power)
+        return _own(self, measurement, power)
 
     def solve(self, vectors):
         return jax.vmap(self.factored.solve)(vectors)
@@ -90,3 +90,8 @@ def _newton_steps(response: Implicit, indices):
     assert response.newton is not None  # `check_displace` has seen to it
     parts = response.risk, response.model, response.factored, response.jacobian
     return response.newton.steps(*parts, indices)
+
+
+@eqx.filter_jit
+def _own(response: Implicit, measurement, power: int):
+    return response.scoring.own(response, measurement, power)

@@ -1,0 +1,44 @@
+"""The inverse eigenvalues of a layer as a sum of few products, so that scores are as well."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from .kronecker import EigenBlock
+
+
+def low_rank(block: EigenBlock, tolerance: float) -> EigenBlock:
+    r"""The block with the least number ρ of `terms` p, q such that Σ_ρ p ⊗ q is near enough to the inverse
+    eigenvalues R = 1/(values + λ).
+
+    A score of rank-one gradients is Σ_kl u_k v_l R_kl with u = ĝᵢ∘ĝⱼ and v = âᵢ∘âⱼ. If the coordinates
+    are uncorrelated its mean square is Σ_kl s_k² t_l² R_kl², s and t the mean squares of ĝ and â, which
+    are the eigenvalues of the two factors. So the truncated SVD of diag(s) R diag(t) leaves out the least
+    possible part of the scores, and its tail's share is their relative root mean square error: ρ is the
+    least that keeps it below `tolerance`.
+    """
+    S, l, r = block.layer.shape
+    s, t = (_away_from_zero(np.asarray(x, np.float64)) for x in block.scales)
+    weighted = s[:, :, None] * np.asarray(block.inverse, np.float64) * t[:, None, :]
+    left, sigma, right = np.linalg.svd(weighted, full_matrices=False)
+    rank = _rank(sigma, tolerance)
+    if rank * (l + r) >= l * r:  # the layer's gradients as they are cost no more
+        return block
+    p = (left[..., :rank] * sigma[:, None, :rank]).swapaxes(1, 2) / s[:, None, :]
+    q = right[:, :rank] / t[:, None, :]
+    dtype = block.values.dtype
+    terms = jnp.asarray(p, dtype), jnp.asarray(q, dtype)
+    return eqx.tree_at(lambda b: b.terms, block, terms, is_leaf=lambda x: x is None)
+
+
+def _rank(sigma: Float[np.ndarray, "S k"], tolerance: float) -> int:
+    squares = np.square(sigma)
+    tails = np.cumsum(squares[:, ::-1], axis=1)[:, ::-1] / np.sum(squares, axis=1, keepdims=True)
+    enough = np.max(tails, axis=0) <= tolerance**2  # enough[k]: what stands from k on may go
+    return int(np.argmax(enough)) if enough.any() else sigma.shape[1]
+
+
+def _away_from_zero(scale: np.ndarray) -> np.ndarray:
+    """Directions that no training point has still get weights of a moderate size."""
+    return scale + 1e-6 * np.max(scale, axis=1, keepdims=True)
