@@ -11,6 +11,7 @@ from .._custom_types import Scalar
 from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, is_concrete, take
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows, Watched
+from .auto_damping import auto_damping
 from .base import AbstractCurvature
 from .fisher import Fisher
 from .kronecker import EigenBlock, Kronecker
@@ -30,31 +31,33 @@ class AbstractKroneckerFactored(AbstractCurvature):
     ) -> list[Float[Array, "S l r"]]:
         """Those of the data part in the basis of the blocks, whose `values` are K-FAC's."""
 
-    def blocks(self, risk, model) -> list[EigenBlock]:
+    def blocks(self, risk, model) -> tuple[list[EigenBlock], list[Float[Array, "S l r"]]]:
+        """The blocks of H, undamped, and the part of their eigenvalues that is ∇²Ω's."""
         factors = _factors(self.fisher, self.sharing, risk, model)
         layers = watched(risk, model).layers
         start = [_eigenblock(layer, *pair) for layer, pair in zip(layers, factors)]
         values = self.eigenvalues(risk, model, start)
         penalties = _penalties(risk, model, start)
-        return [
-            eqx.tree_at(lambda b: b.values, block, value + penalty)
-            for block, value, penalty in zip(start, values, penalties)
-        ]
+        total = [value + penalty for value, penalty in zip(values, penalties)]
+        whole = [eqx.tree_at(lambda b: b.values, b, value) for b, value in zip(start, total)]
+        return whole, penalties
 
     def matvec(self, risk, model):
-        return _kronecker(model, self.blocks(risk, model)).matvec
+        return _kronecker(model, self.blocks(risk, model)[0]).matvec
 
     def factor(self, risk, model):
-        blocks = self.blocks(risk, model)
-        damping = jnp.asarray(self.damping, blocks[0].values.dtype)
+        blocks, penalties = self.blocks(risk, model)
+        if self.damping is None:
+            points = float(jnp.sum(risk.weights > 0))
+            damping = auto_damping(blocks, penalties, points)
+        else:
+            damping = jnp.asarray(self.damping, blocks[0].values.dtype)
         blocks = [eqx.tree_at(lambda b: b.damping, block, damping) for block in blocks]
         for block in blocks:
             _check_positive(block)
         if self.tolerance > 0:
-            blocks = [
-                low_rank(b, self.tolerance) if once else b
-                for b, once in zip(blocks, applied_once(risk, model))
-            ]
+            once = applied_once(risk, model)
+            blocks = [low_rank(b, self.tolerance) if o else b for b, o in zip(blocks, once)]
         return _kronecker(model, blocks)
 
     def lower_end(self, risk, model):
@@ -66,7 +69,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
 
 class KFAC(AbstractKroneckerFactored):
     fisher: Fisher
-    damping: Scalar
+    damping: Scalar | None
     sharing: str = eqx.field(static=True)
     tolerance: float = eqx.field(static=True)
 
@@ -74,7 +77,7 @@ class KFAC(AbstractKroneckerFactored):
         self, fisher="exact", *, damping=0.0, tolerance=0.0, key=None, draws=1, sharing="expand"
     ):
         self.fisher = Fisher(fisher, key=key, draws=draws)
-        self.damping = check_damping(damping)
+        self.damping = None if damping == "auto" else check_damping(damping)
         self.sharing, self.tolerance = sharing, tolerance
 
     def eigenvalues(self, risk, model, blocks):
@@ -83,7 +86,7 @@ class KFAC(AbstractKroneckerFactored):
 
 class EKFAC(AbstractKroneckerFactored):
     fisher: Fisher
-    damping: Scalar
+    damping: Scalar | None
     sharing: str = eqx.field(static=True)
     tolerance: float = eqx.field(static=True)
 
@@ -91,7 +94,7 @@ class EKFAC(AbstractKroneckerFactored):
         self, fisher="exact", *, damping=0.0, tolerance=0.0, key=None, draws=1, sharing="expand"
     ):
         self.fisher = Fisher(fisher, key=key, draws=draws)
-        self.damping = check_damping(damping)
+        self.damping = None if damping == "auto" else check_damping(damping)
         self.sharing, self.tolerance = sharing, tolerance
 
     def eigenvalues(self, risk, model, blocks):

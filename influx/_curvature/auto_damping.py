@@ -1,0 +1,45 @@
+"""The damping that `damping="auto"` stands for."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .._misc import is_concrete
+from .kronecker import EigenBlock
+
+_HALVINGS = 100
+
+
+def auto_damping(
+    blocks: list[EigenBlock], penalties: list[Array], points: float
+) -> Array:
+    """The least λ ≥ 0 at which the effective dimension tr F (F + diag l2 + λI)⁻¹ is at most n.
+
+    F are the eigenvalues of the data part, `penalties` those of l2, `points` the number n of training
+    points of positive weight. A point's leverage is its share of the effective dimension, what it
+    decides of its own fit: n points cannot decide more than n directions between them, and what the
+    curvature claims beyond that is l2's or nobody's. Where l2 alone keeps the dimension below n, λ is 0,
+    unless H is then within √u of singular (u the unit roundoff): λ is √u times the largest eigenvalue.
+    """
+    if not is_concrete((blocks, penalties)):
+        raise ValueError(
+            'damping="auto" looks at eigenvalues, and inside `jax.jit`, `jax.vmap` or `jax.grad` there '
+            "are none yet. Give the damping as a number, or call `influence` outside."
+        )
+    values, l2 = (
+        np.concatenate([np.asarray(x, np.float64).ravel() for x in parts])
+        for parts in ([b.values for b in blocks], penalties)
+    )
+    data = np.maximum(values - l2, 0)
+    dimension = lambda damping: np.sum(data / np.where(data > 0, values + damping, 1))
+    low, high = 0.0, float(np.sum(data)) / points  # there the dimension is at most n
+    if dimension(0.0) > points:
+        for _ in range(_HALVINGS):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if dimension(middle) > points else (low, middle)
+        found = high
+    else:
+        found = 0.0
+    dtype = blocks[0].values.dtype
+    floor = float(np.sqrt(jnp.finfo(dtype).eps)) * float(np.max(values))
+    return jnp.asarray(found if np.min(values) + found > floor else max(found, floor), dtype)
