@@ -12,6 +12,7 @@ import jax.random as jr
 import numpy as np
 
 import influx as ix
+from proofs_checks import _kronecker as kronecker
 from proofs_checks import _oracle as oracle
 from proofs_checks._library import model_at, queries, risk_of
 from proofs_checks._problems import ALL, draw
@@ -38,6 +39,8 @@ CURVATURES = {
         lambda p: np.diag(np.diag(oracle.hessian(p, p.theta))),
     ),
     "Identity": (ix.Identity(damping=LAMBDA), lambda p: np.eye(p.theta.size)),
+    "KFAC": (ix.KFAC(damping=LAMBDA), kronecker.kfac),
+    "EKFAC": (ix.EKFAC(damping=LAMBDA), kronecker.ekfac),
     "CG": (ix.CG(ix.Hessian(damping=LAMBDA), rtol=1e-12), lambda p: oracle.hessian(p, p.theta)),
     "MINRES": (
         ix.MINRES(ix.GaussNewton(damping=LAMBDA), rtol=1e-12),

@@ -10,9 +10,7 @@ from .kronecker import EigenBlock
 _HALVINGS = 100
 
 
-def auto_damping(
-    blocks: list[EigenBlock], penalties: list[Array], points: float
-) -> Array:
+def auto_damping(blocks: list[EigenBlock], penalties: list[Array], points: float) -> Array:
     """The least λ ≥ 0 at which the effective dimension tr F (F + diag l2 + λI)⁻¹ is at most n.
 
     F are the eigenvalues of the data part, `penalties` those of l2, `points` the number n of training

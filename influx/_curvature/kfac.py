@@ -1,16 +1,20 @@
 """Kronecker-factored curvature: K-FAC and EK-FAC of every layer that the program shows."""
 
 import abc
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._custom_types import Scalar
+from .._custom_types import Model, Scalar, ScalarLike
 from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, is_concrete, take
 from .._risk import EmpiricalRisk
-from .._taps import Layer, Rows, Watched
+from .._taps import Layer, Rows, Rules, Uncovered, Watched, checked_rules, ruled
 from .auto_damping import auto_damping
 from .base import AbstractCurvature
 from .fisher import Fisher
@@ -21,18 +25,41 @@ from .low_rank import low_rank
 class AbstractKroneckerFactored(AbstractCurvature):
     """A Fisher matrix of one block a layer, each diagonal in the eigenbasis of its K-FAC factors."""
 
-    fisher: eqx.AbstractVar[Fisher]
-    sharing: eqx.AbstractVar[str]
-    tolerance: eqx.AbstractVar[float]
+    fisher: Fisher
+    damping: Scalar | None
+    tolerance: float = eqx.field(static=True)
+    sharing: str = eqx.field(static=True)
+    rules: Rules = eqx.field(static=True)
+
+    def __init__(
+        self,
+        fisher: Literal["exact", "sampled", "empirical"] = "exact",
+        *,
+        damping: ScalarLike | Literal["auto"] = "auto",
+        tolerance: float = 0.0,
+        sharing: Literal["expand", "reduce"] = "expand",
+        key: PRNGKeyArray | None = None,
+        draws: int = 1,
+        rules: Mapping[type, Callable] | None = None,
+    ):
+        self.fisher = Fisher(fisher, key=key, draws=draws)
+        automatic = isinstance(damping, str) and damping == "auto"
+        self.damping = None if automatic else check_damping(damping)  # type: ignore[arg-type]
+        self.tolerance = _checked_tolerance(tolerance)
+        if sharing not in ("expand", "reduce"):
+            raise ValueError(f'`sharing` must be "expand" or "reduce", got {sharing!r}.')
+        self.sharing = sharing
+        self.rules = checked_rules(rules)
 
     @abc.abstractmethod
     def eigenvalues(
-        self, risk: EmpiricalRisk, model, blocks: list[EigenBlock]
+        self, risk: EmpiricalRisk, model: Model, blocks: list[EigenBlock]
     ) -> list[Float[Array, "S l r"]]:
         """Those of the data part in the basis of the blocks, whose `values` are K-FAC's."""
 
     def blocks(self, risk, model) -> tuple[list[EigenBlock], list[Float[Array, "S l r"]]]:
         """The blocks of H, undamped, and the part of their eigenvalues that is ∇²Ω's."""
+        risk = ruled(risk, self.rules)
         factors = _factors(self.fisher, self.sharing, risk, model)
         layers = watched(risk, model).layers
         start = [_eigenblock(layer, *pair) for layer, pair in zip(layers, factors)]
@@ -43,7 +70,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
         return whole, penalties
 
     def matvec(self, risk, model):
-        return _kronecker(model, self.blocks(risk, model)[0]).matvec
+        return _kronecker(model, self.blocks(risk, model)[0], self.rules).matvec
 
     def factor(self, risk, model):
         blocks, penalties = self.blocks(risk, model)
@@ -56,9 +83,9 @@ class AbstractKroneckerFactored(AbstractCurvature):
         for block in blocks:
             _check_positive(block)
         if self.tolerance > 0:
-            once = applied_once(risk, model)
+            once = applied_once(ruled(risk, self.rules), model)
             blocks = [low_rank(b, self.tolerance) if o else b for b, o in zip(blocks, once)]
-        return _kronecker(model, blocks)
+        return _kronecker(model, blocks, self.rules)
 
     def lower_end(self, risk, model):
         return float(jnp.min(risk.l2_vector(model)))
@@ -68,55 +95,108 @@ class AbstractKroneckerFactored(AbstractCurvature):
 
 
 class KFAC(AbstractKroneckerFactored):
-    fisher: Fisher
-    damping: Scalar | None
-    sharing: str = eqx.field(static=True)
-    tolerance: float = eqx.field(static=True)
+    r"""Kronecker-factored approximate curvature: a layer's block of the Fisher matrix is G ⊗ A.
 
-    def __init__(
-        self, fisher="exact", *, damping=0.0, tolerance=0.0, key=None, draws=1, sharing="expand"
-    ):
-        self.fisher = Fisher(fisher, key=key, draws=draws)
-        self.damping = None if damping == "auto" else check_damping(damping)
-        self.sharing, self.tolerance = sharing, tolerance
+    A layer z_t = W a_t (the 1 of a bias appended to a) has the gradient Σ_t g_t a_tᵀ, g_t = ∂ℓ/∂z_t, t
+    running over the places where W is shared. With w̄ = Σ wᵢ,
+
+        G = (1/n) Σᵢ wᵢ E Σ_t g_t g_tᵀ,   A = (1/w̄) Σᵢ wᵢ (1/T) Σ_t a_t a_tᵀ,   H = G ⊗ A + diag(l2).
+
+    **Dropped:** all that couples layers, and within a layer what couples activations with output
+    gradients. Exact for one layer and one datum, and for deep linear networks with squared error (P13).
+
+    **Arguments:**
+
+    - `fisher`: whose gradients g are: `"exact"` (summed over all targets, one backward pass each),
+      `"sampled"` (`draws` targets drawn with `key`) or `"empirical"` (the given targets). See `Fisher`.
+    - `damping`: λ of H + λI, or `"auto"`: the least λ at which the effective dimension
+      tr F(F + diag l2 + λI)⁻¹ is at most n, since n points decide no more than n directions.
+    - `tolerance`: relative root mean square error allowed to a layer's scores, 0 for none: layers
+      applied once an example are then scored by few products of small matrices (theory: §4).
+    - `sharing`: `"expand"` takes places of a shared W as independent; `"reduce"` takes the mean
+      activation and the summed gradient instead (cheaper, for features that are averaged later).
+    - `rules`: {layer type: fn(layer, *args)} for layers whose program influx cannot read, such as custom
+      kernels: fn computes the same with plain products. See `docs/extending.md`.
+
+    Layers are found in the program, not by their names: matrix products, convolutions, look-ups, their
+    biases, sharing by `vmap` or `scan`, tied weights. Parameters of at most 1,024 entries that enter in
+    any other way get the exact block of their own. `coverage` lists what each parameter gets.
+
+    **Raises:** `ValueError` for a parameter that no rule covers, a singular block, an unknown setting,
+    or a loss that is no negative log-likelihood with `"exact"`.
+
+    **Cost:** one pass over the data with as many backward passes as targets; O(l³ + r³) a layer.
+
+    **Source:** Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate
+    Curvature", arXiv:1503.05671; Grosse & Martens (convolutions), arXiv:1602.01407; Eschenhagen et
+    al. (weight sharing), arXiv:2311.00636.
+    """
 
     def eigenvalues(self, risk, model, blocks):
         return [block.values for block in blocks]
 
 
 class EKFAC(AbstractKroneckerFactored):
-    fisher: Fisher
-    damping: Scalar | None
-    sharing: str = eqx.field(static=True)
-    tolerance: float = eqx.field(static=True)
+    r"""K-FAC with its eigenvalues corrected: in the eigenbasis Q_G ⊗ Q_A the true diagonal,
 
-    def __init__(
-        self, fisher="exact", *, damping=0.0, tolerance=0.0, key=None, draws=1, sharing="expand"
-    ):
-        self.fisher = Fisher(fisher, key=key, draws=draws)
-        self.damping = None if damping == "auto" else check_damping(damping)
-        self.sharing, self.tolerance = sharing, tolerance
+        Λ = (1/n) Σᵢ wᵢ E (Q_Gᵀ Gᵢ Q_A)²,   Gᵢ = Σ_t g_t a_tᵀ,   H = Q diag(Λ) Qᵀ + diag(l2).
+
+    Of all matrices with these eigenvectors it is the nearest to the layer's block of the Fisher matrix
+    in Frobenius norm, so never further than K-FAC (P13). Where l2 differs within a layer, its diagonal
+    in the eigenbasis stands for it.
+
+    Arguments and errors are those of [`KFAC`][]. **Cost:** a second pass over the data.
+
+    **Source:** George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored
+    Eigenbasis", arXiv:1806.03884; Grosse et al. (influence), arXiv:2308.03296.
+    """
 
     def eigenvalues(self, risk, model, blocks):
-        return _second_moments(self.fisher, blocks, risk, model)
+        return _second_moments(self.fisher, blocks, ruled(risk, self.rules), model)
 
 
-def watched(risk: EmpiricalRisk, model) -> Watched:
-    """The model's output on one training input, its layers watched."""
-    return Watched(lambda m, x: risk.output(m, x), model, take(risk.data[0], 0))
+def watched(risk: EmpiricalRisk, model: Model) -> Watched:
+    """The model's output on one training input, its layers watched.
+
+    **Raises:** `ValueError` naming a parameter that no rule covers.
+    """
+    watch = Watched(lambda m, x: risk.output(m, x), model, take(risk.data[0], 0))
+    if watch.uncovered:
+        raise ValueError(_uncovered(watch.uncovered))
+    return watch
 
 
-def applied_once(risk: EmpiricalRisk, model) -> list[bool]:
+def _uncovered(found: list[Uncovered]) -> str:
+    names = ", ".join(f"{u.path} {list(u.shape)} (in `{u.operation}`)" for u in found[:3])
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return (
+        f"No rule says how the model depends on {names}{more}. Three ways out: give a rule, "
+        "`EKFAC(rules={MyLayer: fn})`, with fn(layer, x) the same layer in plain matrix products; give "
+        "it a curvature of its own, `Mixture({where: Diagonal()}, EKFAC())`; or leave it out, "
+        "`influx.restrict(risk, model, where)` with the parameters to keep."
+    )
+
+
+def _checked_tolerance(tolerance: float) -> float:
+    number = isinstance(tolerance, int | float | np.floating) and not isinstance(tolerance, bool)
+    if not number or not 0 <= tolerance < 1:
+        raise ValueError(
+            f"`tolerance` is a relative error in [0, 1), got {tolerance!r}. 0 is exact, 0.05 fast."
+        )
+    return float(tolerance)
+
+
+def applied_once(risk: EmpiricalRisk, model: Model) -> list[bool]:
     """For each layer whether an example's gradient is one outer product."""
     watch = watched(risk, model)
     one = take(risk.data[0], 0)
     rows = jax.eval_shape(lambda x: watch.rows(x, lambda o: o[None])[1], one)
-    return [not row.indexed and row.left.shape[2] == 1 and row.right.shape[0] == 1 for row in rows]
+    return [row.is_rank_one for row in rows]
 
 
-def _kronecker(model, blocks) -> Kronecker:
-    leaves = jax.tree_util.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
-    return Kronecker(tuple(blocks), tuple(leaf.shape for leaf in leaves))
+def _kronecker(model: Model, blocks: list[EigenBlock], rules: Rules) -> Kronecker:
+    leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
+    return Kronecker(tuple(blocks), tuple(leaf.shape for leaf in leaves), rules)
 
 
 def _fisher_rows(fisher: Fisher, watch: Watched, risk: EmpiricalRisk):
@@ -215,7 +295,7 @@ def _eigen(factor, dense: bool):
 @eqx.filter_jit
 def _penalties(risk: EmpiricalRisk, model, blocks):
     """The diagonal of ∇²Ω in the eigenbasis: Σ Q_l² l2 Q_r², l2 itself where it is one number."""
-    parts = _kronecker(model, blocks).split(risk.l2_vector(model))
+    parts = _kronecker(model, blocks, ()).split(risk.l2_vector(model))
     square = lambda q: None if q is None else jnp.square(q)
     bases = lambda b: (b.left, b.right)
     return [

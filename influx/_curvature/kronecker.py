@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._misc import einsum
-from .._taps import Layer, Rows
+from .._taps import Layer, Rows, Rules
 from .base import AbstractFactored
 
 
@@ -72,11 +72,13 @@ def _right(matrix, basis):
 class Kronecker(AbstractFactored):
     """Blocks of layers, each solved with in its eigenbasis: O(l r (l + r)) a layer and solve.
 
-    `shapes` are those of the model's parameter leaves, in the order of `ravel(model)`.
+    `shapes` are those of the model's parameter leaves, in the order of `ravel(model)`; `rules` those
+    under which the layers were read.
     """
 
     blocks: tuple[EigenBlock, ...]
     shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+    rules: Rules = eqx.field(static=True)
 
     @property
     def matrix(self):

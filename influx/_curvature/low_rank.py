@@ -9,16 +9,16 @@ from .kronecker import EigenBlock
 
 
 def low_rank(block: EigenBlock, tolerance: float) -> EigenBlock:
-    r"""The block with the least number ρ of `terms` p, q such that Σ_ρ p ⊗ q is near enough to the inverse
+    r"""The block with the fewest `terms` p, q such that Σ_ρ p ⊗ q is near enough to the inverse
     eigenvalues R = 1/(values + λ).
 
-    A score of rank-one gradients is Σ_kl u_k v_l R_kl with u = ĝᵢ∘ĝⱼ and v = âᵢ∘âⱼ. If the coordinates
-    are uncorrelated its mean square is Σ_kl s_k² t_l² R_kl², s and t the mean squares of ĝ and â, which
-    are the eigenvalues of the two factors. So the truncated SVD of diag(s) R diag(t) leaves out the least
-    possible part of the scores, and its tail's share is their relative root mean square error: ρ is the
-    least that keeps it below `tolerance`.
+    A score of rank-one gradients is Σ_kl u_k v_l R_kl with u = ĝᵢ∘ĝⱼ and v = âᵢ∘âⱼ. If coordinates are
+    uncorrelated its mean square is Σ_kl s_k² t_l² R_kl², s and t the mean squares of ĝ and â: the
+    eigenvalues of the two factors. So the truncated SVD of diag(s) R diag(t) leaves out the least
+    possible part of the scores, and the share of its tail is their relative root mean square error,
+    which is kept below `tolerance`.
     """
-    S, l, r = block.layer.shape
+    _, l, r = block.layer.shape
     s, t = (_away_from_zero(np.asarray(x, np.float64)) for x in block.scales)
     weighted = s[:, :, None] * np.asarray(block.inverse, np.float64) * t[:, None, :]
     left, sigma, right = np.linalg.svd(weighted, full_matrices=False)

@@ -1,6 +1,7 @@
 """Scores layer by layer, for curvatures of one Kronecker-factored block a layer."""
 
 import abc
+import functools
 
 import equinox as eqx
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 from .._curvature import EigenBlock, Kronecker
 from .._measurement import Loss
 from .._misc import chunk_length, chunked_map, einsum, map_blocks, take
-from .._taps import Layer, Rows, Watched
+from .._taps import Layer, Rows, Watched, ruled
 from .base import AbstractScoring
 
 
@@ -77,13 +78,14 @@ class Layered(AbstractScoring):
         def block(places):
             chosen = places if indices is None else indices[places]
             rows = jax.vmap(rows_of)(take(data, chosen))
-            return sum(p.products(b, row) for b, p, row in zip(blocks, prepared, rows))
+            parts = [p.products(b, row) for b, p, row in zip(blocks, prepared, rows)]
+            return functools.reduce(jnp.add, parts).T
 
-        scores = map_blocks(lambda i: block(i).T, count, self._chunk(response, rows_of))
+        scores = map_blocks(block, count, self._chunk(response, rows_of))
         return -scores.T
 
     def quadratic(self, response, prepared):
-        return sum(part.size for part in prepared)
+        return functools.reduce(jnp.add, [part.size for part in prepared])
 
     def own(self, response, measurement, power):
         blocks = _kronecker(response).blocks
@@ -91,7 +93,8 @@ class Layered(AbstractScoring):
 
         def one(example):
             pairs = zip(blocks, of_measurement(example), of_loss(example))
-            return sum(_own(block, m, g, power) for block, m, g in pairs)
+            parts = [_own(block, m, g, power) for block, m, g in pairs]
+            return functools.reduce(jnp.add, parts)
 
         return chunked_map(one, response.risk.data, self._chunk(response, of_loss))
 
@@ -117,8 +120,9 @@ def _loss_rows(response):
 
 def _measurement_rows(response, measurement):
     """Query ↦ the rows of ∇m, one cotangent a component, for each layer of the curvature."""
-    risk, model = response.risk, response.model
-    layers = [block.layer for block in _kronecker(response).blocks]
+    kronecker = _kronecker(response)
+    risk, model = ruled(response.risk, kronecker.rules), response.model
+    layers = [block.layer for block in kronecker.blocks]
 
     def rows(query):
         watch = Watched(lambda m, q: measurement(risk, m, q), model, query)
@@ -129,7 +133,7 @@ def _measurement_rows(response, measurement):
             return [by_leaf[_place(layer)] for layer in layers]
         # The measurement uses a layer in a way of its own: its gradient as it is.
         gradient = jnp.atleast_2d(measurement.gradient(risk, model, query))
-        whole = jax.vmap(_kronecker(response).split)(gradient)
+        whole = jax.vmap(kronecker.split)(gradient)
         return [by_leaf.get(_place(layer), _as_rows(g)) for layer, g in zip(layers, whole)]
 
     return rows
@@ -145,7 +149,7 @@ def _as_rows(gradient: Float[Array, "k S l r"]) -> Rows:
 
 
 def _prepared(block: EigenBlock, rows: Rows) -> Terms | Solved:
-    if block.terms is not None and _is_rank_one(rows):
+    if block.terms is not None and rows.is_rank_one:
         left, right = _rank_one(block.rotate_rows(rows))
         p, q = block.terms
         size = einsum("ksl,slr,sr->k", jnp.square(left), block.inverse, jnp.square(right))
@@ -153,10 +157,6 @@ def _prepared(block: EigenBlock, rows: Rows) -> Terms | Solved:
     gradient = _gradient(block.layer, rows)
     solved = block.scaled(gradient, block.inverse)
     return Solved(solved, jnp.sum(solved * gradient, axis=(1, 2, 3)))
-
-
-def _is_rank_one(rows: Rows) -> bool:
-    return not rows.indexed and rows.left.shape[2] == 1 and rows.right.shape[0] == 1
 
 
 def _rank_one(rows: Rows) -> tuple[Float[Array, "k S l"], Float[Array, "S r"]]:
@@ -189,7 +189,7 @@ def _table_products(matrix: Float[Array, "k S l r"], rows: Rows) -> Float[Array,
 def _own(block: EigenBlock, m: Rows, g: Rows, power: int) -> Float[Array, " k"]:
     """∇mᵀ(H + λI)⁻ᵖ∇ℓ of one layer and one example."""
     by = block.inverse**power
-    if _is_rank_one(m) and _is_rank_one(g):
+    if m.is_rank_one and g.is_rank_one:
         (lm, rm), (lg, rg) = _rank_one(block.rotate_rows(m)), _rank_one(block.rotate_rows(g))
         return einsum("ksl,slr,sr->k", lm * lg, by, rm * rg)
     rotated = [block.rotate(_gradient(block.layer, rows)) for rows in (m, g)]

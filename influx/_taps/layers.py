@@ -34,6 +34,11 @@ class Rows(NamedTuple):
     def indexed(self) -> bool:
         return jnp.issubdtype(self.right.dtype, jnp.integer)
 
+    @property
+    def is_rank_one(self) -> bool:
+        """Whether the gradient of one example is left ⊗ right: no sum over places."""
+        return not self.indexed and self.left.shape[-2] == 1 and self.right.shape[-4] == 1
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -167,8 +172,9 @@ def _kronecker(taps: list[Tap], leaf, bias, paths, shapes) -> Layer | None:
     first = taps[0]
     _, l, r = first.matrix_shape
     S = math.prod(shapes[leaf]) // (l * r)
-    swaps = [_is_swapped(first, tap, shapes[leaf]) for tap in taps]
-    if None in swaps or (any(swaps) and bias is not None):
+    looks = [_is_swapped(first, tap, shapes[leaf]) for tap in taps]
+    swaps = [look for look in looks if look is not None]
+    if len(swaps) < len(taps) or (any(swaps) and bias is not None):
         return None
     indexed = all(tap.indexed for tap in taps) and not any(swaps)
     r = r + (bias is not None)

@@ -22,12 +22,12 @@ _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpo
 
 @dataclass(frozen=True)
 class Use:
-    """How a program uses a parameter leaf: "tap" or "bias" (with that tap's key), "elementwise", or
-    the name of an operation that no rule covers."""
+    """How a program uses a parameter leaf: "tap" or "bias" (`tap` is then that tap's key),
+    "elementwise", or the name of an operation that no rule covers."""
 
     leaf: int
     kind: str
-    tap: int | None = None
+    tap: int = -1
 
 
 @dataclass
