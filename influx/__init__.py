@@ -8,12 +8,16 @@ from ._curvature import CG as CG
 from ._curvature import EKFAC as EKFAC
 from ._curvature import KFAC as KFAC
 from ._curvature import MINRES as MINRES
+from ._curvature import Arnoldi as Arnoldi
 from ._curvature import BlockDiagonal as BlockDiagonal
 from ._curvature import Diagonal as Diagonal
 from ._curvature import Fisher as Fisher
 from ._curvature import GaussNewton as GaussNewton
 from ._curvature import Hessian as Hessian
 from ._curvature import Identity as Identity
+from ._curvature import Neumann as Neumann
+from ._curvature import Nystrom as Nystrom
+from ._curvature import Projected as Projected
 from ._diagnose import Diagnosis as Diagnosis
 from ._diagnose import diagnose as diagnose
 from ._influence import Influence as Influence

@@ -5,6 +5,7 @@ Problems come from the NumPy oracle of proofs_checks: uneven weights (one of the
 """
 
 import functools
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import jax.random as jr
 import numpy as np
 
 import influx as ix
+from influx.extend import AbstractCurvature, ravel
 from proofs_checks import _kronecker as kronecker
 from proofs_checks import _oracle as oracle
 from proofs_checks._library import model_at, queries, risk_of
@@ -20,6 +22,32 @@ from proofs_checks._problems import ALL, draw
 FAMILIES = {family.name: family for family in ALL}
 CLASSIFIERS = ("softmax", "binary", "network")
 LAMBDA = 0.03  # far below the curvature's median eigenvalue, so that damping hides nothing
+
+
+class OfFullRank(AbstractCurvature):
+    """`make(P)` for whatever model it meets: exact, whatever else it is."""
+
+    make: Callable[[int], AbstractCurvature] = eqx.field(static=True)
+
+    @property
+    def damping(self):
+        return self.make(1).damping
+
+    def _member(self, model):
+        return self.make(ravel(model)[0].size)
+
+    def matvec(self, risk, model):
+        return self._member(model).matvec(risk, model)
+
+    def lower_end(self, risk, model):
+        return self._member(model).lower_end(risk, model)
+
+    def factor(self, risk, model):
+        return self._member(model).factor(risk, model)
+
+    def newton_steps(self, risk, model, factored, jacobian):
+        return self._member(model).newton_steps(risk, model, factored, jacobian)
+
 
 # Each curvature with the dense NumPy matrix that it claims to be, undamped.
 CURVATURES = {
@@ -45,6 +73,28 @@ CURVATURES = {
     "MINRES": (
         ix.MINRES(ix.GaussNewton(damping=LAMBDA), rtol=1e-12),
         lambda p: oracle.gauss_newton(p, p.theta),
+    ),
+    "Neumann": (
+        ix.Neumann(ix.GaussNewton(damping=LAMBDA), rtol=1e-12),
+        lambda p: oracle.gauss_newton(p, p.theta),
+    ),
+    "Arnoldi": (
+        OfFullRank(lambda P: ix.Arnoldi(ix.Hessian(damping=LAMBDA), P, key=jr.key(0))),
+        lambda p: oracle.hessian(p, p.theta),
+    ),
+    "Arnoldi without complement": (
+        OfFullRank(
+            lambda P: ix.Arnoldi(ix.Hessian(damping=LAMBDA), P, key=jr.key(0), complement=False)
+        ),
+        lambda p: oracle.hessian(p, p.theta),
+    ),
+    "Nystrom": (
+        OfFullRank(lambda P: ix.Nystrom(ix.GaussNewton(damping=LAMBDA), P, key=jr.key(0))),
+        lambda p: oracle.gauss_newton(p, p.theta),
+    ),
+    "Projected": (
+        OfFullRank(lambda P: ix.Projected(ix.Hessian(damping=LAMBDA), P, key=jr.key(0))),
+        lambda p: oracle.hessian(p, p.theta),
     ),
 }
 REMOVES = ("Hessian", "GaussNewton", "CG", "MINRES")  # know what one point adds to the curvature

@@ -1,3 +1,4 @@
+from .arnoldi import Arnoldi as Arnoldi
 from .base import AbstractCurvature as AbstractCurvature
 from .base import AbstractFactored as AbstractFactored
 from .base import AbstractMatrixCurvature as AbstractMatrixCurvature
@@ -15,3 +16,6 @@ from .kfac import EKFAC as EKFAC
 from .kfac import KFAC as KFAC
 from .kronecker import EigenBlock as EigenBlock
 from .kronecker import Kronecker as Kronecker
+from .neumann import Neumann as Neumann
+from .nystrom import Nystrom as Nystrom
+from .projected import Projected as Projected

@@ -1,0 +1,192 @@
+"""What the curvatures have in common that look at few directions only."""
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._custom_types import Model
+from .._misc import chunk_length, dot, is_concrete, ravel
+from .._risk import EmpiricalRisk
+from .base import AbstractCurvature, AbstractFactored, factor_matrix
+
+
+class DiagonalPlusLowRank(AbstractFactored):
+    r"""D + V diag(ω) Vᵀ, D diagonal and positive, solved with by Woodbury's identity.
+
+    With D^{-1/2} V diag(ω) Vᵀ D^{-1/2} = U diag(μ) Uᵀ, the inverse is
+    D^{-1/2} (I − U diag(μ/(1 + μ)) Uᵀ) D^{-1/2}.
+    """
+
+    diagonal: Float[Array, " P"]
+    basis: Float[Array, "k P"]
+    weights: Float[Array, " k"]
+    modes: Float[Array, "k P"]
+    shrinkage: Float[Array, " k"]
+
+    @property
+    def matrix(self):
+        return None
+
+    @property
+    def matvec(self):
+        return diagonal_plus_low_rank(self.diagonal, self.basis, self.weights)
+
+    def try_solve(self, v):
+        root = jnp.sqrt(self.diagonal)
+        scaled = v / root
+        rest = scaled - dot(self.shrinkage * dot(self.modes, scaled), self.modes)
+        return rest / root, jnp.asarray(True)
+
+    def perturbed(self, matvec):
+        raise NotImplementedError("A low rank and a full one is not of low rank.")
+
+
+def diagonal_plus_low_rank(diagonal, basis, weights) -> Callable[[Array], Array]:
+    return lambda v: diagonal * v + dot(weights * dot(basis, v), basis)
+
+
+def factor_low_rank(
+    diagonal: Float[Array, " P"], basis: Float[Array, "k P"], weights: Float[Array, " k"]
+) -> DiagonalPlusLowRank:
+    """D + V diag(ω) Vᵀ, the rows of `basis` being V's columns.
+
+    **Raises:** `ValueError` where D has an entry that is not positive, or the sum is indefinite.
+    """
+    if is_concrete(diagonal) and not float(jnp.min(diagonal)) > 0:
+        raise ValueError(
+            f"The curvature is singular: l2 + damping is {float(jnp.min(diagonal)):.3g} for some "
+            "parameters, and outside the directions that were found there is nothing else. Use a "
+            "positive damping, or an l2 > 0 on every parameter."
+        )
+    modes, mu, low = _modes(diagonal, basis, weights)
+    if is_concrete(mu):
+        _check_definite(mu, low)
+    return DiagonalPlusLowRank(diagonal, basis, weights, modes, mu / (1 + mu))
+
+
+@eqx.filter_jit
+def _modes(diagonal, basis, weights):
+    """U, μ, and xᵀ(D + VωVᵀ)x/xᵀx at the x in which 1 + μ is least."""
+    root = jnp.sqrt(diagonal)
+    columns, upper = jnp.linalg.qr((basis / root[None]).T)
+    mu, rotation = jnp.linalg.eigh(dot(upper * weights[None], upper.T))
+    modes = dot(columns, rotation).T
+    return modes, mu, (1 + mu[0]) / jnp.sum(jnp.square(modes[0] / root))
+
+
+def _check_definite(mu: Float[Array, " k"], low: Array) -> None:
+    check_finite(mu)
+    floor = mu.size * float(jnp.finfo(mu.dtype).eps) * (1 + max(float(mu[-1]), 0.0))
+    if not 1 + float(mu[0]) > floor:
+        raise ValueError(
+            f"The curvature is indefinite or singular: it has an eigenvalue of at most "
+            f"{float(low):.3g}. Its inverse is no influence. Use damping > {max(-float(low), 0):.2g}, "
+            "a positive semi-definite curvature such as GaussNewton(), or train to a minimum."
+        )
+
+
+class Galerkin(AbstractFactored):
+    """H + λI, solved with on the span of few directions: Qᵀ(Q(H + λI)Qᵀ)⁻¹Q, Q with orthonormal rows.
+
+    `matvec` is the whole H + λI, so that residuals are true ones. The law holds on the span of the rows:
+    `solve(matvec(v)) == v` for v in it, `Q @ matvec(solve(v)) == Q @ v` for all v. What of v lies
+    outside is dropped.
+    """
+
+    risk: EmpiricalRisk
+    model: Model
+    curvature: AbstractCurvature
+    basis: Float[Array, "k P"]
+    inner: AbstractFactored
+    added: Callable[[Array], Array] | None = None
+
+    @property
+    def matrix(self):
+        return None
+
+    @property
+    def matvec(self):
+        product = self.curvature.matvec(self.risk, self.model)
+        damped = lambda v: product(v) + jnp.asarray(self.curvature.damping, v.dtype) * v
+        added = self.added
+        return damped if added is None else lambda v: damped(v) + added(v)
+
+    def try_solve(self, v):
+        x, done = self.inner.try_solve(dot(self.basis, v))
+        return dot(x, self.basis), done
+
+    def perturbed(self, matvec):
+        inside = self.inner.perturbed(lambda u: dot(self.basis, matvec(dot(u, self.basis))))
+        parts = self.risk, self.model, self.curvature, self.basis
+        return Galerkin(*parts, inside, added=matvec)
+
+
+def galerkin(curvature: AbstractCurvature, risk, model, basis: Float[Array, "k P"]) -> Galerkin:
+    """The solve on the span of orthonormal rows.
+
+    **Raises:** `ValueError` where Q(H + λI)Qᵀ is indefinite or singular, naming the eigenvalue.
+    """
+    matrix = _restricted(curvature, risk, model, basis)
+    return Galerkin(risk, model, curvature, basis, factor_matrix(matrix, curvature.damping))
+
+
+@eqx.filter_jit
+def _restricted(curvature, risk, model, basis):
+    return dot(basis, products(curvature.matvec(risk, model), basis).T)
+
+
+def products(matvec: Callable[[Array], Array], rows: Float[Array, "k P"]) -> Float[Array, "k P"]:
+    """The products with some vectors, a chunk at a time."""
+    k, P = rows.shape
+    return jax.lax.map(matvec, rows, batch_size=min(k, chunk_length(64 * P, rows.dtype)))
+
+
+def data_product(curvature: AbstractCurvature, risk, model) -> Callable[[Array], Array]:
+    """The map v ↦ (H − diag(l2)) v."""
+    product, l2 = curvature.matvec(risk, model), risk.l2_vector(model)
+    return lambda v: product(v) - l2 * v
+
+
+def random_subspace(key: PRNGKeyArray, count: int, model: Model) -> Float[Array, "k P"]:
+    """Orthonormal rows of a uniformly random subspace, which larger ones of the same key contain."""
+    theta, _ = ravel(model)
+    row = lambda i: jr.normal(jr.fold_in(key, i), theta.shape, theta.dtype)
+    columns, _ = jnp.linalg.qr(jax.vmap(row)(jnp.arange(count)).T)
+    return columns.T
+
+
+def check_count(name: str, count: Any) -> int:
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"`{name}` must be a whole number, at least 1, got {count!r}.")
+    return int(count)
+
+
+def check_fits(name: str, count: int, model: Model) -> None:
+    P = ravel(model)[0].size
+    if count > P:
+        raise ValueError(
+            f"`{name}` is {count}, and there are {P} parameters. Use {name}={P} at most, or the wrapped "
+            "curvature by itself, which is then the cheaper one."
+        )
+
+
+def check_key(owner: str, key: Any) -> PRNGKeyArray:
+    if key is None:
+        raise ValueError(f"{owner} draws random directions: give it `key=jax.random.key(0)`.")
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"`key` must be a random key such as jax.random.key(0), got {key!r}.")
+    return key
+
+
+def check_finite(values: Array) -> None:
+    if not bool(jnp.all(jnp.isfinite(values))):
+        raise ValueError(
+            "A product with the curvature is NaN or infinite: a second derivative of the loss "
+            "overflows at this model. Check the loss for log(0), 0/0 or sqrt(0)."
+        )
