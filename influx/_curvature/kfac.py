@@ -22,6 +22,10 @@ from .kronecker import EigenBlock, Kronecker
 from .low_rank import low_rank
 
 
+# More examples at a time than this are no faster: their rows no longer fit a processor's cache.
+_CHUNK = 512
+
+
 class AbstractKroneckerFactored(AbstractCurvature):
     """A Fisher matrix of one block a layer, each diagonal in the eigenbasis of its K-FAC factors."""
 
@@ -222,7 +226,7 @@ def _chunk(fisher: Fisher, watch: Watched, risk: EmpiricalRisk, extra=lambda lay
         3 * (row.left.size + row.right.size) + extra(layer, row)
         for layer, row in zip(watch.layers, one)
     )
-    return min(risk.n, chunk_length(items, risk.weights.dtype))
+    return min(risk.n, _CHUNK, chunk_length(items, risk.weights.dtype))
 
 
 @eqx.filter_jit
@@ -285,11 +289,18 @@ def _eigenblock(layer: Layer, left, right) -> EigenBlock:
 
 
 def _eigen(factor, dense: bool):
-    """The basis and the eigenvalues of one factor; rounding's negative ones are zeros."""
+    """The basis and the eigenvalues of one factor; rounding's negative ones are zeros.
+
+    In float64 whatever the factor's dtype: in float32 eigenvectors of close eigenvalues mix, which moves
+    EK-FAC's scores by some thousandths.
+    """
     if not dense:
         return None, factor
-    values, basis = jnp.linalg.eigh(factor)
-    return basis, jnp.maximum(values, 0)
+    if not is_concrete(factor):
+        values, basis = jnp.linalg.eigh(factor)
+        return basis, jnp.maximum(values, 0)
+    values, basis = np.linalg.eigh(np.asarray(factor, np.float64))
+    return jnp.asarray(basis, factor.dtype), jnp.asarray(np.maximum(values, 0), factor.dtype)
 
 
 @eqx.filter_jit
