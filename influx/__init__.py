@@ -4,6 +4,8 @@ from . import extend as extend
 from . import testing as testing
 from ._certify import Certificate as Certificate
 from ._certify import certify as certify
+from ._coverage import Coverage as Coverage
+from ._coverage import coverage as coverage
 from ._curvature import CG as CG
 from ._curvature import EKFAC as EKFAC
 from ._curvature import KFAC as KFAC
@@ -15,6 +17,7 @@ from ._curvature import Fisher as Fisher
 from ._curvature import GaussNewton as GaussNewton
 from ._curvature import Hessian as Hessian
 from ._curvature import Identity as Identity
+from ._curvature import Mixture as Mixture
 from ._curvature import Neumann as Neumann
 from ._curvature import Nystrom as Nystrom
 from ._curvature import Projected as Projected

@@ -223,7 +223,9 @@ def _effective_dimension(f: Influence):
     probes with their standard error."""
     theta, _ = ravel(f.model)
     response = implicit_response(f.response, "diagnose")
-    prior = f.risk.l2_vector(f.model) + jnp.asarray(response.curvature.damping, theta.dtype)
+    found = response.factored.dampings
+    damping = jnp.asarray(response.curvature.damping, theta.dtype) if found is None else found
+    prior = f.risk.l2_vector(f.model) + damping
     form = lambda z: jnp.vdot(prior * z, response.factored.try_solve(z)[0])
     if theta.size <= (2000 if response.factored.matrix is not None else _DRAWN):
         basis = jnp.eye(theta.size, dtype=theta.dtype)

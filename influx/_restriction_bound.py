@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PyTree
 
-from ._curvature import AbstractCurvature, AbstractFactored
+from ._curvature import EKFAC, KFAC, AbstractCurvature, AbstractFactored, Mixture
 from ._curvature.base import factor_matrix, hvp_matrix
 from ._custom_types import Model, Scores, Where
 from ._effect import Derivative
@@ -81,6 +81,7 @@ def restriction_bound(
         )
     response = implicit_response(f.response, "restriction_bound")
     require_concrete("restriction_bound", f)
+    _check_parts(response.curvature)
     low = response.curvature.lower_end(f.risk, f.model)
     if low is None or not low > 0:
         raise ValueError(
@@ -95,6 +96,17 @@ def restriction_bound(
     low = jnp.asarray(low, f.risk.weights.dtype)
     rows, solved = jax.block_until_ready(_query_side(f, part, kept, queries, steps, low))
     return _bound(f, part, kept, rows, solved, steps, low)
+
+
+def _check_parts(curvature: AbstractCurvature) -> None:
+    """The bound needs H_ψψ, which for curvatures built layer by layer is not that of the part."""
+    while isinstance(inner := getattr(curvature, "curvature", None), AbstractCurvature):
+        curvature = inner
+    if isinstance(curvature, KFAC | EKFAC | Mixture):
+        raise ValueError(
+            f"`restriction_bound` compares a part of a curvature with the whole, and {curvature!r} of a "
+            "part of a layer is another approximation, not a part. Use GaussNewton() or Fisher()."
+        )
 
 
 def _factored_part(response: Implicit, where: Where) -> AbstractFactored:

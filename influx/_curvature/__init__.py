@@ -5,6 +5,7 @@ from .base import AbstractMatrixCurvature as AbstractMatrixCurvature
 from .base import Factored as Factored
 from .base import check_curvature as check_curvature
 from .block import BlockDiagonal as BlockDiagonal
+from .block import Mixture as Mixture
 from .diagonal import Diagonal as Diagonal
 from .fisher import Fisher as Fisher
 from .ggn import GaussNewton as GaussNewton

@@ -8,7 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._misc import dot, ravel
-from .base import AbstractCurvature, check_curvature
+from .base import AbstractCurvature, check_wrapped
 from .subspace import (
     check_count,
     check_fits,
@@ -79,7 +79,7 @@ class Arnoldi(AbstractCurvature):
         steps: int | None = None,
         complement: bool = True,
     ):
-        self.curvature = check_curvature(curvature)
+        self.curvature = check_wrapped(curvature)
         self.rank, self.key = check_count("rank", rank), check_key("Arnoldi", key)
         self.steps = None if steps is None else check_count("steps", steps)
         if steps is not None and steps < rank:

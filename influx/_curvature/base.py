@@ -41,6 +41,11 @@ class AbstractFactored(eqx.Module):
         """The same curvature as one Kronecker-factored block a layer, where it is such."""
         return None
 
+    @property
+    def dampings(self) -> Float[Array, " P"] | None:
+        """λ of every parameter, where it is not one number that the curvature was given."""
+        return None
+
     @abc.abstractmethod
     def try_solve(self, v: Float[Array, " P"]) -> tuple[Float[Array, " P"], Array]:
         """(H + λI)⁻¹ v, and whether the solve met its tolerance."""
@@ -105,7 +110,7 @@ class AbstractCurvature(eqx.Module):
     """What stands for H = ∇²J in I(i; m) = −∇mᵀ(H + λI)⁻¹gᵢ. It contains ∇²Ω = diag(l2).
 
     A curvature holds its settings only; `factor` meets it with a risk and a model. `damping` is λ,
-    always added to a curvature that already contains l2.
+    always added to a curvature that already contains l2; `None` where `factor` finds it.
     """
 
     damping: eqx.AbstractVar[Scalar]
@@ -147,6 +152,16 @@ def check_curvature(curvature) -> AbstractCurvature:
         raise ValueError(
             f"`curvature` must be a curvature such as influx.Hessian(), got {curvature!r}. "
             "Mind the parentheses: Hessian(), not Hessian."
+        )
+    return curvature
+
+
+def check_wrapped(curvature) -> AbstractCurvature:
+    """A curvature that is solved with by its products: its λ has to be a number beforehand."""
+    if check_curvature(curvature).damping is None:
+        raise ValueError(
+            f"{type(curvature).__name__} has no damping before it meets the data, and what is around "
+            'it needs one number λ: give `damping=` as a number instead of "auto".'
         )
     return curvature
 

@@ -1,6 +1,7 @@
 """Block-diagonal curvature: interactions inside a layer are kept, those between layers dropped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Int
 
 from .._custom_types import Model
 from .._misc import ravel
-from .._restriction import restrict
+from .._restriction import restrict, selected
 from .base import AbstractCurvature, AbstractFactored, check_curvature
 from .hessian import Hessian
 
@@ -47,7 +48,7 @@ class BlockDiagonal(AbstractCurvature):
     def factor(self, risk, model):
         return Blocks(
             tuple(
-                Block(indices, self.curvature.factor(*restrict(risk, model, where)))
+                Block(indices, self.curvature.factor(*restrict(risk, model, where)), self.damping)
                 for indices, where in layers(model)
             )
         )
@@ -59,9 +60,94 @@ class BlockDiagonal(AbstractCurvature):
         return None
 
 
+class Mixture(AbstractCurvature):
+    """A curvature for each part of the model, and nothing between the parts.
+
+    ```python
+    influx.Mixture({lambda m: m.norm: influx.GaussNewton()}, influx.EKFAC())
+    ```
+
+    Each part's curvature is that of the risk restricted to it (P9a), with its own damping. What is
+    exact in a part stays exact there; what couples parts is dropped.
+
+    **Arguments:** `parts`: {where: curvature}, `where` selecting a part of the model as in
+    `equinox.tree_at`; `rest`: the curvature of all other parameters.
+
+    **Raises:** `ValueError` for parts that overlap, or select nothing.
+    """
+
+    wheres: tuple[Callable, ...] = eqx.field(static=True)
+    parts: tuple[AbstractCurvature, ...]
+    rest: AbstractCurvature
+
+    def __init__(self, parts: Mapping[Callable, AbstractCurvature], rest: AbstractCurvature):
+        if (
+            not isinstance(parts, Mapping)
+            or not parts
+            or not all(callable(where) for where in parts)
+        ):
+            raise ValueError(
+                "`parts` maps functions that select a part of the model to curvatures, for instance "
+                f"{{lambda m: m.layers[0]: GaussNewton()}}; got {parts!r}."
+            )
+        self.wheres = tuple(parts)
+        self.parts = tuple(check_curvature(curvature) for curvature in parts.values())
+        self.rest = check_curvature(rest)
+
+    @property
+    def damping(self):
+        return None
+
+    def curvatures(self, count: int) -> list[AbstractCurvature]:
+        """Those of the first `count` blocks of `factor`."""
+        return [*self.parts, self.rest][:count]
+
+    def _selected(self, model: Model):
+        """(indices, where, curvature) of every part, the rest included."""
+        pieces = [(selected(model, w), w, c) for w, c in zip(self.wheres, self.parts)]
+        taken = np.concatenate([indices for indices, _, _ in pieces])
+        if np.unique(taken).size < taken.size:
+            raise ValueError("The parts of a Mixture overlap: give each parameter one curvature.")
+        left = [group for group in _leaves(model) if group[0].size and group[0][0] not in taken]
+        if left:
+            paths = [path for _, path in left]
+            rest = lambda tree: tuple(_follow(tree, path) for path in paths)
+            pieces.append((np.concatenate([i for i, _ in left]), rest, self.rest))
+        return pieces
+
+    def matvec(self, risk, model):
+        pieces = self._selected(model)
+        parts = [(i, c.matvec(*restrict(risk, model, where))) for i, where, c in pieces]
+
+        def matvec(v):
+            out = jnp.zeros_like(v)
+            for indices, part in parts:
+                out = out.at[indices].set(part(v[indices]))
+            return out
+
+        return matvec
+
+    def factor(self, risk, model):
+        return Blocks(
+            tuple(
+                Block(i, c.factor(*restrict(risk, model, where)), c.damping)
+                for i, where, c in self._selected(model)
+            )
+        )
+
+    def lower_end(self, risk, model):
+        pieces = self._selected(model)
+        ends = [c.lower_end(*restrict(risk, model, where)) for _, where, c in pieces]
+        return None if None in ends else min(end for end in ends if end is not None)
+
+    def newton_steps(self, risk, model, factored, jacobian):
+        return None
+
+
 class Block(eqx.Module):
     indices: Int[np.ndarray, " p"]
     factored: AbstractFactored
+    damping: Any
 
 
 class Blocks(AbstractFactored):
@@ -72,6 +158,15 @@ class Blocks(AbstractFactored):
     @property
     def matrix(self):
         return None
+
+    @property
+    def dampings(self):
+        found = []
+        for block in self.blocks:
+            own = block.factored.dampings
+            found.append(jnp.full(block.indices.shape, block.damping) if own is None else own)
+        indices = jnp.concatenate([jnp.asarray(block.indices) for block in self.blocks])
+        return jnp.zeros(indices.shape, found[0].dtype).at[indices].set(jnp.concatenate(found))
 
     @property
     def matvec(self):
@@ -98,16 +193,22 @@ class Blocks(AbstractFactored):
 
 def layers(model: Model) -> list[tuple[np.ndarray, Callable]]:
     """For each module that owns parameters: where they stand in `ravel(model)`, and their getter."""
-    params = eqx.filter(model, eqx.is_inexact_array)
     groups: dict[str, tuple[list, list]] = {}
-    start = 0
-    for path, leaf in jtu.tree_leaves_with_path(params):
+    for indices, path in _leaves(model):
         paths, places = groups.setdefault(jtu.keystr(path[:-1]), ([], []))
         paths.append(path)
-        places.append(np.arange(start, start + leaf.size))
-        start += leaf.size
+        places.append(indices)
     getter = lambda paths: lambda tree: tuple(_follow(tree, path) for path in paths)
     return [(np.concatenate(places), getter(paths)) for paths, places in groups.values()]
+
+
+def _leaves(model: Model) -> list[tuple[np.ndarray, tuple]]:
+    """Each parameter leaf: where it stands in `ravel(model)`, and its path."""
+    found, start = [], 0
+    for path, leaf in jtu.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array)):
+        found.append((np.arange(start, start + leaf.size), path))
+        start += leaf.size
+    return found
 
 
 def _follow(tree, path):

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 import lineax as lx
 
 from .._misc import chunk_length, is_concrete, ravel
-from .base import AbstractCurvature, Factored, check_curvature
+from .base import AbstractCurvature, Factored, check_wrapped
 from .ggn import GaussNewton
 
 
 class Diagonal(AbstractCurvature):
     """The diagonal of a curvature: P of its products, O(P) memory. Drops every interaction."""
 
-    curvature: AbstractCurvature = eqx.field(default=GaussNewton(), converter=check_curvature)
+    curvature: AbstractCurvature = eqx.field(default=GaussNewton(), converter=check_wrapped)
 
     @property
     def damping(self):

@@ -16,7 +16,7 @@ from .._misc import is_concrete, ravel
 from .._risk import EmpiricalRisk
 from .._solver.bounds import lanczos
 from .._solver.minres import MINRES as MinresSolver
-from .base import AbstractCurvature, AbstractFactored, check_curvature
+from .base import AbstractCurvature, AbstractFactored, check_wrapped
 
 # lineax's CG takes a matrix for singular where a direction's eigenvalue is below 100·eps·P, an absolute
 # number: 0.007 in float32 with 600 parameters. In units of 2⁻³⁰ (no rounding) it means eigenvalues that
@@ -38,7 +38,7 @@ class AbstractIterative(AbstractCurvature):
         rtol: float | None = None,
         max_steps: int | None = None,
     ):
-        self.curvature = check_curvature(curvature)
+        self.curvature = check_wrapped(curvature)
         self.rtol, self.max_steps = _checked_settings(rtol, max_steps)
 
     @property

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -21,7 +21,6 @@ from .fisher import Fisher
 from .kronecker import EigenBlock, Kronecker
 from .low_rank import low_rank
 
-
 # More examples at a time than this are no faster: their rows no longer fit a processor's cache.
 _CHUNK = 512
 
@@ -30,7 +29,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
     """A Fisher matrix of one block a layer, each diagonal in the eigenbasis of its K-FAC factors."""
 
     fisher: Fisher
-    damping: Scalar | None
+    damping: Any
     tolerance: float = eqx.field(static=True)
     sharing: str = eqx.field(static=True)
     rules: Rules = eqx.field(static=True)
@@ -47,8 +46,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
         rules: Mapping[type, Callable] | None = None,
     ):
         self.fisher = Fisher(fisher, key=key, draws=draws)
-        automatic = isinstance(damping, str) and damping == "auto"
-        self.damping = None if automatic else check_damping(damping)  # type: ignore[arg-type]
+        self.damping = _checked_damping(damping)
         self.tolerance = _checked_tolerance(tolerance)
         if sharing not in ("expand", "reduce"):
             raise ValueError(f'`sharing` must be "expand" or "reduce", got {sharing!r}.')
@@ -179,6 +177,14 @@ def _uncovered(found: list[Uncovered]) -> str:
         "it a curvature of its own, `Mixture({where: Diagonal()}, EKFAC())`; or leave it out, "
         "`influx.restrict(risk, model, where)` with the parameters to keep."
     )
+
+
+def _checked_damping(damping: Any) -> Scalar | None:
+    if isinstance(damping, str):
+        if damping != "auto":
+            raise ValueError(f'`damping` must be a number at least 0, or "auto"; got {damping!r}.')
+        return None
+    return check_damping(damping)
 
 
 def _checked_tolerance(tolerance: float) -> float:

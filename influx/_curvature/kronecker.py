@@ -89,8 +89,7 @@ class Kronecker(AbstractFactored):
         return self
 
     @property
-    def damping(self):
-        """λ of every parameter, [P]."""
+    def dampings(self):
         full = lambda b: jnp.full(b.layer.shape, b.damping, b.values.dtype)
         return self.join([full(b) for b in self.blocks])
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from .._misc import dot, is_concrete
-from .base import AbstractCurvature, check_curvature, least_penalty
+from .base import AbstractCurvature, check_wrapped, least_penalty
 from .subspace import (
     check_count,
     check_finite,
@@ -52,7 +52,7 @@ class Nystrom(AbstractCurvature):
     key: PRNGKeyArray
 
     def __init__(self, curvature: AbstractCurvature, rank: int, *, key: PRNGKeyArray | None = None):
-        self.curvature = check_curvature(curvature)
+        self.curvature = check_wrapped(curvature)
         self.rank, self.key = check_count("rank", rank), check_key("Nystrom", key)
 
     @property

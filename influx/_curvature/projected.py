@@ -1,7 +1,7 @@
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
-from .base import AbstractCurvature, check_curvature
+from .base import AbstractCurvature, check_wrapped
 from .subspace import check_count, check_fits, check_key, galerkin, random_subspace
 
 
@@ -46,7 +46,7 @@ class Projected(AbstractCurvature):
     key: PRNGKeyArray
 
     def __init__(self, curvature: AbstractCurvature, dim: int, *, key: PRNGKeyArray | None = None):
-        self.curvature = check_curvature(curvature)
+        self.curvature = check_wrapped(curvature)
         self.dim, self.key = check_count("dim", dim), check_key("Projected", key)
 
     @property
