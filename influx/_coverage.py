@@ -34,11 +34,8 @@ class Coverage(eqx.Module):
 
     def __str__(self) -> str:
         total = sum(row.entries for row in self.rows)
-        lines = [
-            f"{row.entries / total:7.2%} {row.entries:12,}  {row.treatment:36} {', '.join(row.parameters)}"
-            for row in self.rows
-        ]
-        return "\n".join(lines)
+        share = lambda row: f"{row.entries / total:7.2%} {row.entries:12,}  {row.treatment:36}"
+        return "\n".join(f"{share(row)} {', '.join(row.parameters)}" for row in self.rows)
 
 
 def coverage(f: Influence) -> Coverage:

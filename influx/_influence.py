@@ -1,5 +1,7 @@
 """Influence = risk × response × measurement × scale × effect: the module that transforms rewrite."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PyTree
@@ -8,7 +10,7 @@ from ._curvature import AbstractCurvature, Hessian, check_curvature
 from ._custom_types import Model, Scores
 from ._effect import AbstractEffect, Derivative
 from ._measurement import AbstractMeasurement, Loss
-from ._misc import check_chunk, chunk_length, chunked_map, dot, take
+from ._misc import check_chunk, chunk_length, chunked_map, dot, leading_length, take
 from ._response import AbstractResponse, Implicit
 from ._risk import EmpiricalRisk
 from ._scale import AbstractScale, Unscaled
@@ -103,6 +105,10 @@ def influence(
 
 @eqx.filter_jit
 def _scores(f: Influence, queries: PyTree[Array]) -> Scores:
+    shape = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), take(queries, 0))
+    rows = leading_length(queries) * max(1, shape.size)
+    f = replace(f, response=f.response.for_rows(rows))
+
     def one(query):
         scores = f.effect.columns(f, f.effect.prepare(f, query), None)
         return scores if f.masks is None else dot(scores, f.masks.T)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from .._misc import is_concrete
 from .kronecker import EigenBlock
@@ -10,20 +10,23 @@ from .kronecker import EigenBlock
 _HALVINGS = 100
 
 
-def auto_damping(blocks: list[EigenBlock], penalties: list[Array], points: float) -> Array:
+def auto_damping(
+    blocks: list[EigenBlock], penalties: list[Array], weights: Float[Array, " n"]
+) -> Array:
     """The least λ ≥ 0 at which the effective dimension tr F (F + diag l2 + λI)⁻¹ is at most n.
 
-    F are the eigenvalues of the data part, `penalties` those of l2, `points` the number n of training
+    F are the eigenvalues of the data part, `penalties` those of l2, and n counts the training
     points of positive weight. A point's leverage is its share of the effective dimension, what it
     decides of its own fit: n points cannot decide more than n directions between them, and what the
     curvature claims beyond that is l2's or nobody's. Where l2 alone keeps the dimension below n, λ is 0,
     unless H is then within √u of singular (u the unit roundoff): λ is √u times the largest eigenvalue.
     """
-    if not is_concrete((blocks, penalties)):
+    if not is_concrete((blocks, penalties, weights)):
         raise ValueError(
             'damping="auto" looks at eigenvalues, and inside `jax.jit`, `jax.vmap` or `jax.grad` there '
             "are none yet. Give the damping as a number, or call `influence` outside."
         )
+    points = int(np.sum(np.asarray(weights) > 0))
     values, l2 = (
         np.concatenate([np.asarray(x, np.float64).ravel() for x in parts])
         for parts in ([b.values for b in blocks], penalties)

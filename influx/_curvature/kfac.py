@@ -77,8 +77,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
     def factor(self, risk, model):
         blocks, penalties = self.blocks(risk, model)
         if self.damping is None:
-            points = float(jnp.sum(risk.weights > 0))
-            damping = auto_damping(blocks, penalties, points)
+            damping = auto_damping(blocks, penalties, risk.weights)
         else:
             damping = jnp.asarray(self.damping, blocks[0].values.dtype)
         blocks = [eqx.tree_at(lambda b: b.damping, block, damping) for block in blocks]

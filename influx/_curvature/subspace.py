@@ -15,6 +15,9 @@ from .._misc import chunk_length, dot, is_concrete, ravel
 from .._risk import EmpiricalRisk
 from .base import AbstractCurvature, AbstractFactored, factor_matrix
 
+# Multiples of the machine epsilon, of the largest eigenvalue, below which one may be rounding.
+_ROUNDING = 32
+
 
 class DiagonalPlusLowRank(AbstractFactored):
     r"""D + V diag(ω) Vᵀ, D diagonal and positive, solved with by Woodbury's identity.
@@ -58,14 +61,10 @@ def factor_low_rank(
 
     **Raises:** `ValueError` where D has an entry that is not positive, or the sum is indefinite.
     """
-    if is_concrete(diagonal) and not float(jnp.min(diagonal)) > 0:
-        raise ValueError(
-            f"The curvature is singular: l2 + damping is {float(jnp.min(diagonal)):.3g} for some "
-            "parameters, and outside the directions that were found there is nothing else. Use a "
-            "positive damping, or an l2 > 0 on every parameter."
-        )
+    if is_concrete((diagonal, weights)):
+        _check_positive(diagonal, weights)
     modes, mu, low = _modes(diagonal, basis, weights)
-    if is_concrete(mu):
+    if is_concrete(mu) and float(jnp.min(weights)) < 0:
         _check_definite(mu, low)
     return DiagonalPlusLowRank(diagonal, basis, weights, modes, mu / (1 + mu))
 
@@ -80,9 +79,19 @@ def _modes(diagonal, basis, weights):
     return modes, mu, (1 + mu[0]) / jnp.sum(jnp.square(modes[0] / root))
 
 
+def _check_positive(diagonal: Float[Array, " P"], weights: Float[Array, " k"]) -> None:
+    check_finite(weights)
+    low = float(jnp.min(diagonal))
+    if not low > _ROUNDING * float(jnp.finfo(weights.dtype).eps) * float(jnp.max(jnp.abs(weights))):
+        raise ValueError(
+            f"The curvature is singular: outside the directions that were found it is l2 + damping, and "
+            f"that is {low:.3g} for some parameters. Use a positive damping, or an l2 > 0 on every "
+            "parameter."
+        )
+
+
 def _check_definite(mu: Float[Array, " k"], low: Array) -> None:
-    check_finite(mu)
-    floor = mu.size * float(jnp.finfo(mu.dtype).eps) * (1 + max(float(mu[-1]), 0.0))
+    floor = _ROUNDING * float(jnp.finfo(mu.dtype).eps) * (1 + max(float(mu[-1]), 0.0))
     if not 1 + float(mu[0]) > floor:
         raise ValueError(
             f"The curvature is indefinite or singular: it has an eigenvalue of at most "

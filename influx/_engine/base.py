@@ -26,6 +26,10 @@ class AbstractScoring(eqx.Module):
     """
 
     @abc.abstractmethod
+    def for_rows(self, rows: int) -> AbstractScoring:
+        """The way to take for that many rows (queries times components) in all."""
+
+    @abc.abstractmethod
     def prepare(
         self, response: Implicit, measurement: AbstractMeasurement, query: PyTree[Array]
     ) -> Any:

@@ -64,6 +64,9 @@ class Layered(AbstractScoring):
 
     chunk_size: int | None = eqx.field(static=True, default=None)
 
+    def for_rows(self, rows):
+        return self
+
     def prepare(self, response, measurement, query):
         rows = _measurement_rows(response, measurement)(query)
         blocks = _kronecker(response).blocks

@@ -25,6 +25,10 @@ class AbstractResponse(eqx.Module):
     model: eqx.AbstractVar[Model]
 
     @abc.abstractmethod
+    def for_rows(self, rows: int) -> "AbstractResponse":
+        """The same response, its products taken in the way that is cheapest for that many rows."""
+
+    @abc.abstractmethod
     def prepare(self, measurement: AbstractMeasurement, query: PyTree[Array]) -> Any:
         """What one query needs once, whatever the columns (for an implicit response, H⁻¹∇m)."""
 

@@ -45,6 +45,10 @@ class Implicit(AbstractResponse):
         self.jacobian = output_jacobian(risk, model) if self.output is not None else None
         self.newton = curvature.newton_steps(risk, model, self.factored, self.jacobian)
 
+    def for_rows(self, rows):
+        way = self.scoring.for_rows(rows)
+        return eqx.tree_at(lambda response: response.scoring, self, way)
+
     def prepare(self, measurement, query):
         return self.scoring.prepare(self, measurement, query)
 

@@ -1,0 +1,327 @@
+"""K-FAC and EK-FAC of whole models: scores, damping, tolerance, rules, and what is refused.
+
+Their matrices are held against NumPy in `test_curvature.py` and in P13; here, what users do with them.
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import influx as ix
+from influx._engine import ForwardMode, Layered, PerExample
+from influx._gradients import map_gradients
+from tests.test_taps import custom
+
+N, M, C = 24, 5, 3
+KFACS = (ix.KFAC, ix.EKFAC)
+
+
+class Tokens(eqx.Module):
+    """Embedding, learned positions, attention, a norm and a head: every kind of layer at once."""
+
+    embed: eqx.nn.Embedding
+    position: jax.Array
+    attention: eqx.nn.MultiheadAttention
+    norm: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        a, b, c, d = jr.split(key, 4)
+        self.embed = eqx.nn.Embedding(9, 4, key=a)
+        self.position = jr.normal(b, (5, 4))
+        self.attention = eqx.nn.MultiheadAttention(2, 4, use_query_bias=True, key=c)
+        self.norm, self.head = eqx.nn.LayerNorm(4), eqx.nn.Linear(4, C, key=d)
+
+    def __call__(self, ids):
+        x = jax.vmap(self.embed)(ids) + self.position
+        x = jax.vmap(self.norm)(x + self.attention(x, x, x))
+        return self.head(jnp.mean(x, axis=0))
+
+
+@functools.cache
+def problem(kind: str = "mlp"):
+    key = jr.key(1)
+    y = jr.randint(jr.key(2), (N + M,), 0, C)
+    if kind == "mlp":
+        model = eqx.nn.MLP(3, C, 5, 2, activation=jnp.tanh, key=key)
+        X = jr.normal(jr.key(3), (N + M, 3))
+    else:
+        model, X = Tokens(key), jr.randint(jr.key(3), (N + M, 5), 0, 9)
+    weights = jnp.where(jnp.arange(N) == 2, 0.0, 0.5 + jr.uniform(jr.key(4), (N,)))
+    risk = ix.EmpiricalRisk((X[:N], y[:N]), ix.SoftmaxCrossEntropy(), l2=2e-2, weights=weights)
+    return risk, model, (X[N:], y[N:])
+
+
+def dense(f: ix.Influence) -> np.ndarray:
+    """H + λI of a Kronecker-factored handle."""
+    factored = f.response.factored
+    size = sum(block.layer.size for block in factored.blocks)
+    return np.asarray(eqx.filter_jit(jax.vmap(factored.matvec))(jnp.eye(size)))
+
+
+MEASUREMENTS = {
+    "loss": lambda f: f,
+    "probability": lambda f: ix.classification(f, "probability"),
+    "margin": lambda f: ix.classification(f, "margin"),
+    "of a model called twice": lambda f: ix.measure(f, lambda m, q: m(q[0]) * m(q[0])[::-1]),
+    "of the parameters": lambda f: ix.measure(f, squared_head),
+}
+
+
+def squared_head(model, query):
+    layer = model.head if isinstance(model, Tokens) else model.layers[-1]
+    return jnp.sum(model(query[0])) * jnp.sum(jnp.square(layer.weight))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "tokens"])
+@pytest.mark.parametrize("curvature", KFACS)
+def test_scores_are_those_of_the_dense_matrix_whatever_the_measurement(kind, curvature):
+    risk, model, queries = problem(kind)
+    f = ix.influence(risk, model, curvature(damping=1e-3))
+    G = np.asarray(map_gradients(lambda _, g: g, risk, model))
+    H = dense(f)
+    for name, change in MEASUREMENTS.items():
+        g = change(f)
+        V = np.asarray(jax.vmap(lambda q, g=g: g.measurement.gradient(risk, model, q))(queries))
+        solved = np.linalg.solve(H, V.reshape(-1, len(H)).T).T.reshape(V.shape)
+        want = -np.einsum("...p,np->...n", solved, G)
+        np.testing.assert_allclose(g(queries), want, atol=1e-11 * np.abs(want).max(), err_msg=name)
+    s = np.einsum("np,np->n", G, np.linalg.solve(H, G.T).T)
+    np.testing.assert_allclose(ix.self_influence(f), -s, rtol=1e-10)
+    lengths = np.linalg.norm(np.linalg.solve(H, G.T), axis=0)
+    np.testing.assert_allclose(ix.relative(f, "parameters").scale.size, lengths, rtol=1e-10)
+    cosine = ix.relative(f, "cosine")(queries)
+    assert float(jnp.max(jnp.abs(cosine))) <= 1 + 1e-12
+
+
+def test_every_way_of_scoring_gives_the_same_scores():
+    risk, model, queries = problem("tokens")
+    f = ix.classification(ix.influence(risk, model, ix.EKFAC(damping=1e-3)), "logit")
+    want = f(queries)
+    for way in (PerExample(), PerExample(3), ForwardMode(), ForwardMode(7), Layered(), Layered(5)):
+
+        def scores(query, way=way):
+            prepared = way.prepare(f.response, f.measurement, query)
+            return way.columns(f.response, prepared, None)
+
+        got = jax.jit(jax.vmap(scores))(queries)
+        np.testing.assert_allclose(got, want, atol=1e-11 * float(jnp.abs(want).max()))
+        own = way.own(f.response, f.measurement, 1)
+        np.testing.assert_allclose(own, f.response.own(f.measurement), rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**31), tolerance=st.sampled_from([0.3, 0.1, 0.01]))
+def test_scores_are_within_their_tolerance(seed, tolerance):
+    a, b, c = jr.split(jr.key(seed), 3)
+    model = eqx.nn.MLP(12, 4, 16, 2, activation=jax.nn.relu, key=a)
+    X = jr.normal(b, (80, 12)) * jnp.geomspace(1, 0.05, 12)[None]
+    y = jr.randint(c, (80,), 0, 4)
+    risk = ix.EmpiricalRisk((X[:60], y[:60]), ix.SoftmaxCrossEntropy(), l2=1e-4)
+    queries = (X[60:], y[60:])
+    exact = ix.influence(risk, model, ix.EKFAC())(queries)
+    near = ix.influence(risk, model, ix.EKFAC(tolerance=tolerance))
+    terms = [block.terms for block in near.response.factored.blocks]
+    assert tolerance < 0.1 or any(t is not None for t in terms)
+    error = jnp.linalg.norm(near(queries) - exact) / jnp.linalg.norm(exact)
+    assert error <= tolerance
+
+
+def test_the_automatic_damping_is_the_least_that_keeps_the_dimension_below_n():
+    risk, model, _ = problem()
+    few = ix.EmpiricalRisk((risk.data[0][:6], risk.data[1][:6]), risk.loss, l2=1e-6)
+    factored = ix.EKFAC(damping="auto").factor(few, model)
+    values = np.concatenate([np.ravel(b.values) for b in factored.blocks])
+    damping = float(factored.blocks[0].damping)
+    assert len({float(b.damping) for b in factored.blocks}) == 1
+    dimension = np.sum((values - 1e-6) / (values + damping))
+    assert dimension == pytest.approx(6, rel=1e-6)
+    regular = ix.EKFAC(damping="auto").factor(risk, model)  # l2 keeps it below n by itself
+    assert float(regular.blocks[0].damping) == 0
+    free = ix.EmpiricalRisk(risk.data, risk.loss)
+    assert float(ix.EKFAC(damping="auto").factor(free, model).blocks[0].damping) > 0
+
+
+def test_a_weight_is_a_multiplicity_and_zero_is_absence():
+    risk, model, queries = problem()
+    X, y = risk.data
+    twice = ix.EmpiricalRisk(
+        (jnp.concatenate([X, X[:3]]), jnp.concatenate([y, y[:3]])), risk.loss, l2=0.1
+    )
+    heavy = ix.EmpiricalRisk(
+        (X, y), risk.loss, l2=0.1 * (N + 3) / N, weights=jnp.ones(N).at[:3].set(2.0)
+    )
+    scores = [
+        ix.influence(r, model, ix.EKFAC(damping=1e-2 * (N + 3) / r.n))(queries)[:, :N] / r.n
+        for r in (twice, heavy)
+    ]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-8)
+
+
+def test_a_sampled_fisher_tends_to_the_exact_one():
+    risk, model, _ = problem()
+    exact = dense(ix.influence(risk, model, ix.KFAC(damping=0.1)))
+    errors = [
+        np.linalg.norm(
+            dense(
+                ix.influence(risk, model, ix.KFAC("sampled", key=jr.key(0), draws=d, damping=0.1))
+            )
+            - exact
+        )
+        for d in (4, 64, 1024)
+    ]
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.05 * np.linalg.norm(exact)
+
+
+class Opaque(eqx.Module):
+    """A layer whose derivative is its own, so that its program cannot be read."""
+
+    weight: jax.Array
+
+    def __call__(self, x):
+        return custom(self.weight, x)
+
+
+def opaque_model():
+    layers = [Opaque(jr.normal(jr.key(5), (40, 30))), jnp.tanh, eqx.nn.Linear(40, C, key=jr.key(6))]
+    return eqx.nn.Sequential([eqx.nn.Lambda(l) if l is jnp.tanh else Wrapped(l) for l in layers])
+
+
+class Wrapped(eqx.Module):
+    """Sequential passes a key; these layers take none."""
+
+    layer: object
+
+    def __call__(self, x, *, key=None):
+        return self.layer(x)
+
+
+def test_a_layer_without_a_rule_is_an_error_and_a_rule_is_a_line():
+    model = opaque_model()
+    X, y = jr.normal(jr.key(7), (N, 30)), jr.randint(jr.key(8), (N,), 0, C)
+    risk = ix.EmpiricalRisk((X, y), ix.SoftmaxCrossEntropy(), l2=1e-2)
+    message = r"weight \[40, 30\] \(in `custom_jvp_call`\).*rules=.*Mixture.*restrict"
+    with pytest.raises(ValueError, match=message):
+        ix.influence(risk, model, ix.EKFAC())
+    plain = eqx.tree_at(lambda m: m.layers[0].layer, model, Linear(model.layers[0].layer.weight))
+    ruled = ix.EKFAC(rules={Opaque: lambda layer, x: layer.weight @ x}, tolerance=0.1)
+    f = ix.influence(risk, model, ruled)
+    g = ix.influence(risk, plain, ix.EKFAC(tolerance=0.1))
+    np.testing.assert_allclose(f((X[:4], y[:4])), g((X[:4], y[:4])), rtol=1e-9)
+    np.testing.assert_allclose(ix.self_influence(f), ix.self_influence(g), rtol=1e-9)
+    where = lambda m: m.layers[0].layer
+    mixed = ix.influence(risk, model, ix.Mixture({where: ix.Identity()}, ix.EKFAC()))
+    assert mixed((X[:4], y[:4])).shape == (4, N)
+    kept, part = ix.restrict(risk, model, lambda m: m.layers[-1])
+    left_out = ix.coverage(ix.influence(kept, part, ix.EKFAC()))
+    assert left_out.share["excluded"] == pytest.approx(1200 / 1323)
+
+
+class Linear(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, x):
+        return self.weight @ x
+
+
+def test_a_mixture_is_each_curvature_on_its_part():
+    risk, model, queries = problem()
+    last = lambda m: m.layers[-1]
+    f = ix.influence(
+        risk, model, ix.Mixture({last: ix.GaussNewton(damping=0.1)}, ix.EKFAC(damping=0.2))
+    )
+    full = ix.influence(risk, model, ix.EKFAC(damping=0.2))
+    small, part = ix.restrict(risk, model, last)
+    head = ix.influence(small, part, ix.GaussNewton(damping=0.1))
+    head_kfac = ix.influence(small, part, ix.EKFAC(damping=0.2))
+    want = full(queries) - head_kfac(queries) + head(queries)
+    np.testing.assert_allclose(f(queries), want, rtol=1e-9, atol=1e-12)
+    table = ix.coverage(f)
+    assert [row.treatment for row in table.rows] == ["GaussNewton", "Kronecker", "Kronecker"]
+    assert sum(table.share.values()) == pytest.approx(1)
+    assert ".layers[2].weight" in str(table)
+    both = {last: ix.Hessian(), lambda m: m.layers[-1].bias: ix.Hessian()}
+    with pytest.raises(ValueError, match="parts of a Mixture overlap"):
+        ix.influence(risk, model, ix.Mixture(both, ix.EKFAC()))
+
+
+def test_coverage_names_every_parameter():
+    risk, model, _ = problem("tokens")
+    table = ix.coverage(ix.influence(risk, model, ix.EKFAC()))
+    treatments = {row.parameters[0]: row.treatment for row in table.rows}
+    assert treatments[".embed.weight"] == "Kronecker, one-hot input"
+    assert treatments[".attention.query_proj.weight"] == "Kronecker"
+    assert treatments[".norm.weight"] == treatments[".position"] == "exact"
+    params = jax.tree_util.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
+    assert sum(row.entries for row in table.rows) == sum(p.size for p in params)
+
+
+def test_float32_stays_float32_and_keeps_its_digits():
+    risk, model, queries = problem()
+    low = lambda tree: jax.tree_util.tree_map(
+        lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, tree
+    )
+    exact = ix.influence(risk, model, ix.EKFAC(damping=1e-2))(queries)
+    f = ix.influence(low(risk), low(model), ix.EKFAC(damping=1e-2))
+    got = f(low(queries))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, exact, atol=1e-4 * float(jnp.abs(exact).max()))
+
+
+def test_no_recompilation_over_damping_and_no_change_on_a_second_call():
+    risk, model, queries = problem()
+    first = ix.influence(risk, model, ix.EKFAC(damping=0.1))
+    before = first(queries)
+    count = eqx.filter_jit(lambda f, q: f(q))
+    assert np.array_equal(before, first(queries))
+    other = ix.influence(risk, model, ix.EKFAC(damping=0.2))
+    assert jax.tree_util.tree_structure(first) == jax.tree_util.tree_structure(other)
+    assert np.max(np.abs(other(queries) - before)) > 1e-3 * np.max(np.abs(before))
+    np.testing.assert_allclose(count(first, queries), before, rtol=1e-12)
+
+
+REFUSED = {
+    "damping by another name": (lambda: ix.EKFAC(damping="heuristic"), '"auto"'),
+    "negative damping": (lambda: ix.KFAC(damping=-1.0), "at least 0"),
+    "tolerance of a percentage": (lambda: ix.EKFAC(tolerance=5), r"relative error in \[0, 1\)"),
+    "unknown sharing": (lambda: ix.KFAC(sharing="sum"), '"expand" or "reduce"'),
+    "unknown Fisher": (lambda: ix.EKFAC("true"), '"exact", "sampled" or "empirical"'),
+    "sampled without a key": (lambda: ix.EKFAC("sampled"), "draws labels"),
+    "rules that are a list": (lambda: ix.EKFAC(rules=[Opaque]), "maps layer types to functions"),
+    "automatic damping in CG": (lambda: ix.CG(ix.EKFAC()), "needs one number λ"),
+    "a mixture of nothing": (lambda: ix.Mixture({}, ix.EKFAC()), "`parts` maps functions"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_settings_are_refused_by_name(name):
+    call, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_what_does_not_combine_says_what_does():
+    risk, model, queries = problem()
+    f = ix.influence(risk, model, ix.EKFAC())
+    with pytest.raises(ValueError, match="EKFAC does not say what one point adds"):
+        ix.removal(f, "newton")
+    with pytest.raises(ValueError, match="is another approximation, not a part"):
+        ix.restriction_bound(f, lambda m: m.layers[-1], queries)
+    with pytest.raises(ValueError, match="looks at eigenvalues"):
+        eqx.filter_jit(lambda m: ix.EKFAC().factor(risk, m).blocks[0].values)(model)
+    free = ix.EmpiricalRisk(risk.data, risk.loss)
+    with pytest.raises(ValueError, match=r"curvature of .*layers.* is singular"):
+        ix.influence(free, model, ix.KFAC(damping=0.0))
+    quartic = ix.CustomLoss(lambda o, t: jnp.sum((o - t) ** 4))
+    custom_risk = ix.EmpiricalRisk((risk.data[0], jnp.zeros((N, C))), quartic, l2=0.1)
+    with pytest.raises(ValueError, match="CustomLoss has no exact Fisher"):
+        ix.influence(custom_risk, model, ix.EKFAC())
+    assert ix.influence(custom_risk, model, ix.EKFAC("empirical")).response.factored.blocks
