@@ -86,7 +86,8 @@ def test_relative_and_measurement_commute(measurement, kind):
     f, rewrite = handle("softmax"), MEASUREMENTS[measurement]
     one = rewrite(ix.relative(f, kind))(queries)
     other = ix.relative(rewrite(f), kind)(queries)
-    assert np.array_equal(one, other)
+    # The sum of all logits has no influence at all: relative to that, 0/0 is NaN.
+    assert np.array_equal(one, other, equal_nan=True)
 
 
 @pytest.mark.parametrize("measurement", MEASUREMENTS)
