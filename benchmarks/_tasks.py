@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from sklearn.datasets import load_breast_cancer, load_digits
 
 import influx as ix
 
@@ -51,7 +50,7 @@ class MLP(eqx.Module):
 
 
 class CNN(eqx.Module):
-    """28 × 28 → conv 16 → pool → conv 32 → pool → 10."""
+    """28 × 28 → conv 5 × 5, 16 channels → pool → conv 3 × 3, 32 channels → pool → 10."""
 
     convolutions: list
     head: eqx.nn.Linear
@@ -59,15 +58,15 @@ class CNN(eqx.Module):
     def __init__(self, *, key):
         a, b, c = jr.split(key, 3)
         self.convolutions = [
-            eqx.nn.Conv2d(1, 16, 5, stride=2, padding=2, key=a),
-            eqx.nn.Conv2d(16, 32, 3, stride=2, padding=1, key=b),
+            eqx.nn.Conv2d(1, 16, 5, padding=2, key=a),
+            eqx.nn.Conv2d(16, 32, 3, padding=1, key=b),
         ]
         self.head = eqx.nn.Linear(32 * 7 * 7, 10, key=c)
 
     def __call__(self, x):
         x = x.reshape(1, 28, 28)
         for convolution in self.convolutions:
-            x = jax.nn.relu(convolution(x))
+            x = eqx.nn.MaxPool2d(2, stride=2)(jax.nn.relu(convolution(x)))
         return self.head(x.reshape(-1))
 
 
@@ -128,11 +127,15 @@ def mnist():
 
 
 def digits():
+    from sklearn.datasets import load_digits
+
     X, y = load_digits(return_X_y=True)
     return _split(X / 16, y, 1400)
 
 
 def breast_cancer():
+    from sklearn.datasets import load_breast_cancer
+
     X, y = load_breast_cancer(return_X_y=True)
     return _split((X - X.mean(axis=0)) / X.std(axis=0), y, 400)
 
@@ -149,10 +152,14 @@ def adam(rate: float, batch_size: int, epochs: int):
 TASKS = {
     task.name: task
     for task in (
-        Task("mlp", mnist, lambda k: MLP((784, 256, 128, 10), jax.nn.relu, key=k), sgd(0.02, 100, 12)),
+        Task(
+            "mlp", mnist, lambda k: MLP((784, 256, 128, 10), jax.nn.relu, key=k), sgd(0.02, 100, 12)
+        ),
         Task("cnn", mnist, lambda k: CNN(key=k), sgd(0.02, 100, 6)),
         Task("transformer", mnist, lambda k: Transformer(key=k), adam(1e-3, 100, 6)),
         Task("digits", digits, lambda k: MLP((64, 64, 10), jax.nn.gelu, key=k), sgd(0.05, 100, 30)),
-        Task("cancer", breast_cancer, lambda k: MLP((30, 32, 2), jnp.tanh, key=k), sgd(0.05, 50, 30)),
+        Task(
+            "cancer", breast_cancer, lambda k: MLP((30, 32, 2), jnp.tanh, key=k), sgd(0.05, 50, 30)
+        ),
     )
 }
