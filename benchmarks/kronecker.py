@@ -34,15 +34,16 @@ BATCHES = {
 }
 TOLERANCE = "0.05"
 DAMPINGS = ("1e-3", "1e-5")
+QUICK = 400, 100
 
 
-def save(task: str, folder: Path, quick: bool) -> Path:
-    """Train the task's model; its weights, data and logits as a file."""
+def save(task: str, folder: Path, rows: tuple[int | None, int | None] = (None, None)) -> Path:
+    """Train the task's model; its weights, logits and the first rows of its data and queries as a file."""
     chosen = TASKS[task]
-    (X, y), (Xq, yq) = chosen.data()
     model = chosen.fitted(chosen.risk(), 0)
-    if quick:
-        X, y, Xq, yq = X[:400], y[:400], Xq[:100], yq[:100]
+    n, m = rows
+    (X, y), (Xq, yq) = chosen.data()
+    X, y, Xq, yq = X[:n], y[:n], Xq[:m], yq[:m]
     leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
     weights = {f"weight{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
     path = folder / f"{task}.npz"
@@ -144,7 +145,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for task in options.tasks:
-            source = save(task, folder, options.quick)
+            source = save(task, folder, QUICK if options.quick else (None, None))
             agreements(console, source, costs(console, source))
     console.print(f"Load {os.getloadavg()[0]:.1f} at the end.")
 

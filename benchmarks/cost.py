@@ -1,0 +1,138 @@
+"""What Kronecker-factored influence costs in passes over the data, and how that grows.
+
+    python -m benchmarks.cost
+
+Passes: the network of the task "mlp" on its 4,000 training points, float32. A gradient pass is ∇J over
+all points, a forward pass all their losses. The fit of EK-FAC is split into what runs over the data and
+the eigendecompositions. The times of a row are the least of several warm calls that take turns.
+
+Growth: synthetic inputs of 256 features, 256-width-width-10 networks at their initial weights, EK-FAC of
+tolerance 0.05; fit, 64 queries against all n, self-influence, each setting in a process of its own, of
+which memory is the peak above what was in use before. Exponents are slopes of log cost against log size
+by least squares.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import influx as ix
+from benchmarks._measure import peak_bytes
+from benchmarks._tasks import MLP, TASKS
+from influx._curvature import kfac
+from influx._gradients import risk_gradient
+
+POINTS = (1_000, 4_000, 16_000, 64_000)
+WIDTHS = (64, 128, 256, 512, 1024)
+FEATURES, QUERIES, TOLERANCE = 256, 64, 0.05
+ROUNDS = 7
+
+
+def least(*calls) -> list[float]:
+    """The least time of each call, warm, the calls taking turns."""
+    for call in calls:
+        jax.block_until_ready(eqx.filter(call(), eqx.is_array))
+    times = []
+    for _ in range(ROUNDS):
+        row = []
+        for call in calls:
+            start = time.perf_counter()
+            jax.block_until_ready(eqx.filter(call(), eqx.is_array))
+            row.append(time.perf_counter() - start)
+        times.append(row)
+    return list(np.min(times, axis=0))
+
+
+def eigenblocks(curvature, risk, model):
+    """The factors of each layer, and the call that takes their eigenvectors."""
+    factors = kfac._factors(curvature.fisher, curvature.sharing, risk, model)
+    layers = kfac.watched(risk, model).layers
+    pairs = list(zip(layers, factors))
+    return lambda: [kfac._eigenblock(layer, *pair) for layer, pair in pairs]
+
+
+def passes(console: Console) -> None:
+    risk = TASKS["mlp"].risk()
+    model = TASKS["mlp"].fitted(risk, 0)
+    gradient = eqx.Partial(eqx.filter_jit(risk_gradient), risk, model)
+    forward = eqx.Partial(eqx.filter_jit(lambda risk, model: risk.losses(model)), risk, model)
+    table = Table(title="passes over 4,000 points, 784-256-128-10")
+    for column in ("", "milliseconds", "of them eigenvectors", "passes without those", "of kind"):
+        table.add_column(column)
+    for name, curvature in {
+        "fit, sampled labels": ix.EKFAC("sampled", key=jr.key(0), damping=1e-3),
+        "fit, exact, 10 classes": ix.EKFAC(damping=1e-3),
+    }.items():
+        fit = lambda curvature=curvature: curvature.factor(risk, model)
+        whole, eigen, one = least(fit, eigenblocks(curvature, risk, model), gradient)
+        row = f"{1e3 * whole:.0f}", f"{1e3 * eigen:.0f}", f"{(whole - eigen) / one:.2f}"
+        table.add_row(name, *row, "gradient")
+    f = ix.influence(risk, model, ix.EKFAC(damping=1e-3))
+    query = jax.tree_util.tree_map(lambda x: x[:1], TASKS["mlp"].data()[1])
+    scored, one = least(lambda: f(query), forward)
+    table.add_row("one query, all points", f"{1e3 * scored:.0f}", "", f"{scored / one:.2f}", "forward")
+    console.print(table)
+
+
+def one_setting(n: int, width: int) -> dict[str, float]:
+    """Seconds and bytes of one size."""
+    X = jr.normal(jr.key(0), (n, FEATURES))
+    y = jr.randint(jr.key(1), (n,), 0, 10)
+    risk = ix.EmpiricalRisk((X, y), ix.SoftmaxCrossEntropy(), l2=1e-3)
+    model = MLP((FEATURES, width, width, 10), jax.nn.gelu, key=jr.key(2))
+    queries = jr.normal(jr.key(3), (QUERIES, FEATURES)), jr.randint(jr.key(4), (QUERIES,), 0, 10)
+    before = peak_bytes()
+    fit = lambda: ix.influence(risk, model, ix.EKFAC(tolerance=TOLERANCE, damping=1e-3))
+    f = fit()
+    calls = fit, lambda: f(queries), lambda: ix.self_influence(f)
+    found = dict(zip(("fit", "pairs", "self"), least(*calls)))
+    return found | {"memory": peak_bytes() - before}
+
+
+def growth(console: Console, title: str, sizes, settings) -> None:
+    rows = [measured(*setting) for setting in settings]
+    table = Table(title=title)
+    for column in ("", *map(str, sizes), "exponent"):
+        table.add_column(column)
+    for name in ("fit", "pairs", "self"):
+        values = [row[name] for row in rows]
+        table.add_row(f"{name}, ms", *(f"{1e3 * v:.0f}" for v in values), slope(sizes, values))
+    memory = [row["memory"] / 1e6 for row in rows]
+    table.add_row("peak, MB", *(f"{v:.0f}" for v in memory), slope(sizes, memory))
+    console.print(table)
+
+
+def slope(sizes, values) -> str:
+    return f"{np.polyfit(np.log(sizes), np.log(values), 1)[0]:.2f}"
+
+
+def measured(n: int, width: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.cost", "--one", str(n), str(width)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--one", nargs=2, type=int)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one_setting(*options.one)))
+        return
+    console = Console(width=120)
+    passes(console)
+    growth(console, "n training points, width 256", POINTS, [(n, 256) for n in POINTS])
+    growth(console, "width, n = 4,000", WIDTHS, [(4_000, w) for w in WIDTHS])
+
+
+if __name__ == "__main__":
+    main()
