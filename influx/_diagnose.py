@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from ._curvature import AbstractFactored
-from ._gradients import map_gradients, risk_gradient
+from ._curvature.iterative import Iterative
+from ._gradients import example_gradient, map_gradients, risk_gradient
 from ._influence import Influence
 from ._misc import ravel, require_concrete, take
 from ._response import implicit_response
@@ -62,17 +63,23 @@ def diagnose(f: Influence) -> Diagnosis:
     | `stationarity` | ‖∇J(θ̂)‖ over rms‖gᵢ‖/n, the slope one point makes | < 0.01 |
     | `spectrum` | extreme eigenvalues of H + λI, condition number κ | κ·u < 1e-8 |
     | `effective dimension` | tr (H − l2)(H + λ)⁻¹: directions the data decide | ≥ 1 |
-    | `solve` | relative residual ‖v − Hx‖/‖v‖, and the error of a score it implies | bound < 1e-3 |
+    | `solve` | steps, relative residual ‖v − Hx‖/‖v‖, error of a score it implies | bound < 1e-3 |
     | `precision` | worst relative asymmetry of uᵀH⁻¹v, measured | < 1e-3 |
     | `self-influence` | largest wᵢsᵢ/n, the first-order rise of a point's own loss on removal | < 0.2 |
     | `undefined` | training points of undefined relative influence | none |
 
-    u is the unit roundoff of the parameters' dtype. The error bound of the solve is
-    |gᵀ(x − x*)| ≤ ‖g‖‖r‖/λ_min, relative to a typical √(sᵢsⱼ). Measurement and effect of `f` play no
-    part.
+    u is the unit roundoff of the parameters' dtype. Measurement and effect of `f` play no part.
+
+    **The solve.** For x ≈ H⁻¹gⱼ with the residual ρⱼ = gⱼ − Hx a score is off by |gᵢᵀH⁻¹ρⱼ| ≤
+    √sᵢ ‖ρⱼ‖/√λ_min (P9 with x̃ = 0 on the other side), that is by ‖ρⱼ‖/√(λ_min sⱼ) of √(sᵢsⱼ); the
+    figure is the worst. It is proven where λ_min is an eigenvalue or a known lower end of the spectrum
+    (min l2 + λ of a positive semi-definite curvature), and called an estimate where λ_min is the least
+    Ritz value. For `CG` with a preconditioner the steps of one solve are counted without it as well, up
+    to ten times as many.
 
     **Cost:** n solves, and for a dense curvature its eigenvalues, O(P³); for any other 32 points and 32
-    directions stand for all, and the figures say so.
+    directions stand for all, and the figures say so. A preconditioner adds the plain solve, at most that
+    of ten others.
     """
     response = implicit_response(f.response, "diagnose")
     require_concrete("diagnose", f)
@@ -86,7 +93,7 @@ def diagnose(f: Influence) -> Diagnosis:
         _stationarity(state, f.risk.n),
         _spectrum(f, low, high),
         _dimension(f),
-        _solve(state, low),
+        _solve(f, state, low),
         _precision(state),
         _self_influence(state, f.risk.n),
         _undefined(f),
@@ -132,11 +139,11 @@ def _measure(f: Influence) -> dict:
     y, _ = factored.try_solve(v)
 
     def self_product(_, g):
-        solved, done = factored.try_solve(g)
-        return jnp.vdot(g, solved), jnp.linalg.norm(g - factored.matvec(solved)), done
+        solved, done, steps = factored.counted_solve(g)
+        return jnp.vdot(g, solved), jnp.linalg.norm(g - factored.matvec(solved)), done, steps
 
     data = take(f.risk.data, drawn)
-    s, residuals, done = map_gradients(self_product, f.risk, f.model, data)
+    s, residuals, done, steps = map_gradients(self_product, f.risk, f.model, data)
     return {
         "gradient": jnp.linalg.norm(gradient),
         "typical": jnp.sqrt(jnp.mean(squares)),
@@ -146,9 +153,21 @@ def _measure(f: Influence) -> dict:
         "norms": jnp.sqrt(squares[drawn]),
         "probe": jnp.linalg.norm(u - factored.matvec(x)) / jnp.linalg.norm(u),
         "converged": converged & jnp.all(done),
+        "steps": steps,
+        "plain": _plain_steps(f, factored, take(data, 0), steps),
         "asymmetry": jnp.abs(jnp.vdot(v, x) - jnp.vdot(u, y))
         / jnp.sqrt(jnp.abs(jnp.vdot(u, x) * jnp.vdot(v, y))),
     }
+
+
+def _plain_steps(f: Influence, factored: AbstractFactored, example, steps):
+    """The steps of one solve without the preconditioner, at most ten times `steps`, and whether they
+    sufficed; `None` where there is no preconditioner."""
+    if not isinstance(factored, Iterative) or factored.preconditioner is None:
+        return None
+    plain = factored.unaided(10 * jnp.max(steps))
+    _, done, count = plain.counted_solve(example_gradient(f.risk, f.model, example))
+    return count, done
 
 
 def _drawn(f: Influence) -> Int[Array, " k"]:
@@ -235,23 +254,47 @@ def _effective_dimension(f: Influence):
     return jnp.mean(samples), jnp.std(samples, ddof=1) / jnp.sqrt(jnp.asarray(_DRAWN, theta.dtype))
 
 
-def _solve(state: dict, low: float) -> Finding:
+def _solve(f: Influence, state: dict, low: float) -> Finding:
     s, residuals, norms = (np.asarray(state[k]) for k in ("self", "residuals", "norms"))
     relative = float(np.max(np.where(norms > 0, residuals / np.where(norms > 0, norms, 1), 0)))
     relative = max(relative, float(state["probe"]))
-    typical = float(np.median(np.abs(s)))
-    bound = float(np.median(norms) * np.max(residuals)) / (low * typical) if low > 0 else np.inf
+    end, proven = _lower_end(f, low)
+    energy = np.sqrt(np.maximum(max(end, 0.0) * s, 0))  # 0 where no bound is known, or g is 0
+    known = residuals / np.where(energy > 0, energy, 1)
+    bound = float(np.max(np.where(energy > 0, known, np.where(norms > 0, np.inf, 0))))
     converged = bool(state["converged"])
     verdict = _judge(bound, 1e-3, 0.1) if converged else "bad"
     return _finding(
         "solve",
-        f"relative residual {relative:.1e}, score error at most {bound:.1e} of a typical s_i",
+        f"{_count(state)}relative residual {relative:.1e}, "
+        f"score error {'at most' if proven else 'estimated at'} {bound:.1e} of √(sᵢsⱼ)",
         verdict,
         "How well the linear solves were done" + (
             ": every one met its tolerance." if converged else ": some did NOT converge."
         ),
-        "Allow more steps (`max_steps=`) or a smaller `rtol=`, raise the damping, or solve directly.",
+        "Allow more steps (`max_steps=`) or a smaller `rtol=`, give CG a `preconditioner=EKFAC()`, "
+        "raise the damping, or solve directly.",
     )  # fmt: skip
+
+
+def _lower_end(f: Influence, low: float) -> tuple[float, bool]:
+    """A number below the spectrum of H + λI, and whether it is known to be: `low` is the least
+    eigenvalue of a matrix, or the least Ritz value of any other."""
+    response = implicit_response(f.response, "diagnose")
+    if response.factored.matrix is not None:
+        return low, True
+    known = response.curvature.lower_end(f.risk, f.model)
+    return (known, True) if known is not None and known > 0 else (low, False)
+
+
+def _count(state: dict) -> str:
+    if state["steps"] is None:
+        return ""
+    most = f"at most {int(np.max(state['steps']))} steps"
+    if state["plain"] is None:
+        return f"{most}, "
+    plain, done = state["plain"]
+    return f"{most} ({'' if bool(done) else 'over '}{int(plain)} without the preconditioner), "
 
 
 def _precision(state: dict) -> Finding:

@@ -70,6 +70,10 @@ CURVATURES = {
     "KFAC": (ix.KFAC(damping=LAMBDA), kronecker.kfac),
     "EKFAC": (ix.EKFAC(damping=LAMBDA), kronecker.ekfac),
     "CG": (ix.CG(ix.Hessian(damping=LAMBDA), rtol=1e-12), lambda p: oracle.hessian(p, p.theta)),
+    "CG preconditioned": (
+        ix.CG(ix.Hessian(damping=LAMBDA), rtol=1e-12, preconditioner=ix.EKFAC()),
+        lambda p: oracle.hessian(p, p.theta),
+    ),
     "MINRES": (
         ix.MINRES(ix.GaussNewton(damping=LAMBDA), rtol=1e-12),
         lambda p: oracle.gauss_newton(p, p.theta),
@@ -97,7 +101,8 @@ CURVATURES = {
         lambda p: oracle.hessian(p, p.theta),
     ),
 }
-REMOVES = ("Hessian", "GaussNewton", "CG", "MINRES")  # know what one point adds to the curvature
+# These know what one point adds to the curvature.
+REMOVES = ("Hessian", "GaussNewton", "CG", "CG preconditioned", "MINRES")
 
 
 def second_moment(p) -> np.ndarray:

@@ -6,12 +6,12 @@ from .base import Factored as Factored
 from .base import check_curvature as check_curvature
 from .block import BlockDiagonal as BlockDiagonal
 from .block import Mixture as Mixture
+from .cg import CG as CG
 from .diagonal import Diagonal as Diagonal
 from .fisher import Fisher as Fisher
 from .ggn import GaussNewton as GaussNewton
 from .hessian import Hessian as Hessian
 from .identity import Identity as Identity
-from .iterative import CG as CG
 from .iterative import MINRES as MINRES
 from .kfac import EKFAC as EKFAC
 from .kfac import KFAC as KFAC

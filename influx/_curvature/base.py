@@ -46,9 +46,20 @@ class AbstractFactored(eqx.Module):
         """λ of every parameter, where it is not one number that the curvature was given."""
         return None
 
+    @property
+    def inverts(self) -> bool:
+        """Whether `solve` is an inverse, and not 0 outside a subspace."""
+        return True
+
     @abc.abstractmethod
     def try_solve(self, v: Float[Array, " P"]) -> tuple[Float[Array, " P"], Array]:
         """(H + λI)⁻¹ v, and whether the solve met its tolerance."""
+
+    def counted_solve(
+        self, v: Float[Array, " P"]
+    ) -> tuple[Float[Array, " P"], Array, Array | None]:
+        """`try_solve`, and the steps that it took; `None` where a solve has none."""
+        return *self.try_solve(v), None
 
     @abc.abstractmethod
     def perturbed(self, matvec: Callable[[Array], Array]) -> "AbstractFactored":
@@ -62,7 +73,7 @@ class AbstractFactored(eqx.Module):
             ~converged,
             "A linear solve with the curvature did not converge. Use more `damping=`, float64 "
             "(float32 keeps 7 digits, which an ill-conditioned curvature uses up), more steps "
-            "(`max_steps=`), a looser `rtol=`, or a direct solve (without CG).",
+            "(`max_steps=`), a looser `rtol=`, CG with `preconditioner=EKFAC()`, or a direct solve.",
         )
 
 

@@ -169,6 +169,10 @@ class Blocks(AbstractFactored):
         return jnp.zeros(indices.shape, found[0].dtype).at[indices].set(jnp.concatenate(found))
 
     @property
+    def inverts(self):
+        return all(block.factored.inverts for block in self.blocks)
+
+    @property
     def matvec(self):
         parts = [(block.indices, block.factored.matvec) for block in self.blocks]
 

@@ -12,34 +12,38 @@ import numpy as np
 from jaxtyping import Array
 
 from .._custom_types import Model
-from .._misc import is_concrete, ravel
+from .._misc import ravel
 from .._risk import EmpiricalRisk
 from .._solver.bounds import lanczos
 from .._solver.minres import MINRES as MinresSolver
 from .base import AbstractCurvature, AbstractFactored, check_wrapped
 
-# lineax's CG takes a matrix for singular where a direction's eigenvalue is below 100·eps·P, an absolute
-# number: 0.007 in float32 with 600 parameters. In units of 2⁻³⁰ (no rounding) it means eigenvalues that
-# are below any damping or l2 in use.
-_CG_UNIT = 2.0**30
+
+def _checked_rtol(rtol: Any) -> float | None:
+    positive = isinstance(rtol, int | float | np.number) and np.isfinite(rtol) and rtol > 0
+    if rtol is not None and not positive:
+        raise ValueError(
+            f"`rtol` must be a positive number such as 1e-10, got {rtol!r}. None chooses one."
+        )
+    return rtol
+
+
+def _checked_steps(max_steps: Any) -> int | None:
+    if max_steps is not None and not (isinstance(max_steps, int) and max_steps >= 1):
+        raise ValueError(
+            f"`max_steps` must be a whole number, at least 1, got {max_steps!r}. None chooses one."
+        )
+    return max_steps
 
 
 class AbstractIterative(AbstractCurvature):
     """A curvature solved with by its products alone, in the way that `factor` chooses."""
 
-    curvature: AbstractCurvature
-    rtol: float | None
-    max_steps: int | None = eqx.field(static=True)
-
-    def __init__(
-        self,
-        curvature: AbstractCurvature,
-        *,
-        rtol: float | None = None,
-        max_steps: int | None = None,
-    ):
-        self.curvature = check_wrapped(curvature)
-        self.rtol, self.max_steps = _checked_settings(rtol, max_steps)
+    curvature: AbstractCurvature = eqx.field(converter=check_wrapped)
+    rtol: float | None = eqx.field(default=None, converter=_checked_rtol, kw_only=True)
+    max_steps: int | None = eqx.field(
+        default=None, converter=_checked_steps, kw_only=True, static=True
+    )
 
     @property
     def damping(self):
@@ -62,33 +66,6 @@ class AbstractIterative(AbstractCurvature):
         return reachable if self.rtol is None else self.rtol, steps
 
 
-class CG(AbstractIterative):
-    """Solves with a curvature by conjugate gradients on its products: O(P) memory.
-
-    **Arguments:**
-
-    - `curvature`: what to solve with, e.g. `GaussNewton(damping=1e-3)`. Its damping is the only one.
-    - `rtol`: a solve ends at ‖Hx − v‖ ≤ rtol·‖v‖; by default at 1e-10, and in float32, where that is
-      out of reach, at 1e-4.
-    - `max_steps`: default 10·P, but at most 2,000.
-
-    A solve that does not meet its tolerance is an error, not a number. A curvature with a negative
-    Ritz value on 20 Lanczos steps is refused as indefinite. One step costs one product: 4–8 gradients
-    of J for a Hessian, 2.5–4 for a Gauss–Newton matrix. Choose it where P² does not fit.
-
-    **Source:** Koh & Liang, arXiv:1703.04730; Martens, "Deep learning via Hessian-free
-    optimization" (2010).
-    """
-
-    def factor(self, risk, model):
-        rtol, steps = self.limits(model)
-        solver = lx.CG(rtol=0.0, atol=rtol, max_steps=steps)
-        factored = Iterative(risk, model, self.curvature, solver, _CG_UNIT)
-        if is_concrete((risk, model)):
-            _check_ritz(factored)
-        return factored
-
-
 class MINRES(AbstractIterative):
     """Solves with a curvature by minimal residuals on its products: as `CG`, but for symmetric
     matrices that may be indefinite or singular.
@@ -103,7 +80,7 @@ class MINRES(AbstractIterative):
     def factor(self, risk, model):
         rtol, steps = self.limits(model)
         solver = MinresSolver(rtol=0.0, atol=rtol, max_steps=steps)
-        return Iterative(risk, model, self.curvature, solver, 1.0)
+        return Iterative(risk, model, self.curvature, solver)
 
 
 class Iterative(AbstractFactored):
@@ -112,14 +89,17 @@ class Iterative(AbstractFactored):
 
     The solver sees v scaled to entries of size 1, so that its absolute tolerance is relative to v.
     lineax's own `rtol` is relative to each entry of v by itself, which no step can meet where v has
-    zeros.
+    zeros. Where the solver goes by a recurrence, `tolerance` is the relative residual that one more
+    product has to confirm.
     """
 
     risk: EmpiricalRisk
     model: Model
     curvature: AbstractCurvature
     solver: lx.AbstractLinearSolver
-    unit: float
+    unit: float = 1.0
+    tolerance: float | None = None
+    preconditioner: AbstractFactored | None = None
     added: Callable[[Array], Array] | None = None
 
     @property
@@ -134,55 +114,53 @@ class Iterative(AbstractFactored):
         return damped if added is None else lambda v: damped(v) + added(v)
 
     def try_solve(self, v):
+        x, converged, _ = self.counted_solve(v)
+        return x, converged
+
+    def counted_solve(self, v):
         size = jnp.linalg.norm(v) / jnp.sqrt(jnp.asarray(v.size, v.dtype))
-        size = jnp.where(size == 0, 1, size)
+        scaled = v / jnp.where(size == 0, 1, size)
         matvec = self.matvec
-        # MINRES reads the first tag only; CG needs the second.
-        tags = lx.symmetric_tag, lx.positive_semidefinite_tag
-        larger = lambda p: self.unit * matvec(p)
-        operator = lx.FunctionLinearOperator(larger, jax.eval_shape(lambda: v), tags)
+        operator = _definite(lambda p: self.unit * matvec(p), v)
+        options = {}
+        if self.preconditioner is not None:
+            # The answer does not depend on it, and neither do derivatives.
+            fixed = jax.lax.stop_gradient(eqx.filter(self.preconditioner, eqx.is_array))
+            fixed = eqx.combine(fixed, self.preconditioner)
+            options["preconditioner"] = _definite(lambda r: fixed.try_solve(r)[0], v)
         with jax.default_matmul_precision("highest"):
-            solution = lx.linear_solve(operator, v / size, self.solver, throw=False)
-        return solution.value * (self.unit * size), solution.result == lx.RESULTS.successful
+            solution = lx.linear_solve(operator, scaled, self.solver, options=options, throw=False)
+            x = self.unit * solution.value
+            converged = solution.result == lx.RESULTS.successful
+            if self.tolerance is not None:
+                left = jnp.linalg.norm(scaled - matvec(x))
+                converged &= left <= self.tolerance * jnp.linalg.norm(scaled)
+        return x * size, converged, solution.stats["num_steps"]
+
+    def unaided(self, max_steps: Array) -> "Iterative":
+        """The same without its preconditioner, and with another end."""
+        where = lambda f: (f.preconditioner, f.solver.max_steps)
+        return eqx.tree_at(where, self, (None, max_steps), is_leaf=lambda x: x is None)
 
     def perturbed(self, matvec):
-        parts = self.risk, self.model, self.curvature, self.solver, self.unit
-        return Iterative(*parts, added=matvec)
+        return eqx.tree_at(lambda f: f.added, self, matvec, is_leaf=lambda x: x is None)
 
 
-def _checked_settings(rtol: Any, max_steps: Any) -> tuple[Any, Any]:
-    positive = isinstance(rtol, int | float | np.number) and np.isfinite(rtol) and rtol > 0
-    if rtol is not None and not positive:
-        raise ValueError(
-            f"`rtol` must be a positive number such as 1e-10, got {rtol!r}. None chooses one."
-        )
-    if max_steps is not None and not (isinstance(max_steps, int) and max_steps >= 1):
-        raise ValueError(
-            f"`max_steps` must be a whole number, at least 1, got {max_steps!r}. None chooses one."
-        )
-    return rtol, max_steps
+def _definite(matvec: Callable[[Array], Array], like: Array) -> lx.AbstractLinearOperator:
+    # MINRES reads the first tag only; CG needs the second.
+    tags = lx.symmetric_tag, lx.positive_semidefinite_tag
+    return lx.FunctionLinearOperator(matvec, jax.eval_shape(lambda: like), tags)
 
 
 @eqx.filter_jit
-def _ritz_values(factored: Iterative):
-    theta, _ = ravel(factored.model)
+def extreme_ritz_values(
+    factored: AbstractFactored, model: Model, *, inverse: bool = False
+) -> tuple[Array, Array]:
+    """The least and the largest Ritz value of 20 Lanczos steps with H + λI, or with its inverse."""
+    theta, _ = ravel(model)
+    product = (lambda v: factored.try_solve(v)[0]) if inverse else factored.matvec
     start = jr.normal(jr.key(0), theta.shape, theta.dtype)
-    _, alpha, beta = lanczos(factored.matvec, start, min(20, theta.size))
+    _, alpha, beta = lanczos(product, start, min(20, theta.size))
     off = jnp.diag(beta[:-1], 1)
-    return jnp.linalg.eigvalsh(jnp.diag(alpha) + off + off.T)
-
-
-def _check_ritz(factored: Iterative) -> None:
-    ritz = _ritz_values(factored)
-    low, high = float(ritz[0]), float(ritz[-1])
-    if not jnp.isfinite(ritz).all():
-        raise ValueError(
-            "A product with the curvature is NaN or infinite: a second derivative of the loss "
-            "overflows at this model. Check the loss for log(0), 0/0 or sqrt(0)."
-        )
-    if low < -1e3 * float(jnp.finfo(ritz.dtype).eps) * abs(high):
-        raise ValueError(
-            f"The curvature is indefinite: it has an eigenvalue of at most {low:.3g} (largest "
-            f"{high:.3g}), and CG needs a positive definite one. Use damping > {-low:.2g}, "
-            "CG(GaussNewton()), MINRES(...) for a saddle point, or train to a minimum."
-        )
+    ritz = jnp.linalg.eigvalsh(jnp.diag(alpha) + off + off.T)
+    return ritz[0], ritz[-1]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from .._misc import is_concrete
 from .._solver.neumann import Neumann as NeumannSolver
 from .._solver.neumann import safe_step
-from .iterative import AbstractIterative, Iterative, _ritz_values
+from .iterative import AbstractIterative, Iterative, extreme_ritz_values
 from .subspace import check_finite
 
 
@@ -41,17 +41,18 @@ class Neumann(AbstractIterative):
     def factor(self, risk, model):
         rtol, _ = self.limits(model)
         parts = risk, model, self.curvature
-        measured = _ritz_values(Iterative(*parts, NeumannSolver(0.0, rtol, self.max_steps), 1.0))
-        if is_concrete(measured):
-            _check_positive(measured)
-        solver = NeumannSolver(0.0, rtol, self.max_steps, safe_step(measured[-1]))
-        return Iterative(*parts, solver, 1.0)
+        unmeasured = Iterative(*parts, NeumannSolver(0.0, rtol, self.max_steps))
+        low, high = extreme_ritz_values(unmeasured, model)
+        if is_concrete((low, high)):
+            _check_positive(low, high)
+        solver = NeumannSolver(0.0, rtol, self.max_steps, safe_step(high))
+        return Iterative(*parts, solver)
 
 
-def _check_positive(ritz) -> None:
-    check_finite(ritz)
-    low, high = float(ritz[0]), float(ritz[-1])
-    if low < -1e3 * float(jnp.finfo(ritz.dtype).eps) * abs(high) or high <= 0:
+def _check_positive(least, largest) -> None:
+    check_finite(jnp.stack([least, largest]))
+    low, high = float(least), float(largest)
+    if low < -1e3 * float(jnp.finfo(least.dtype).eps) * abs(high) or high <= 0:
         raise ValueError(
             f"The curvature is not positive definite: it has an eigenvalue of at most {low:.3g} "
             f"(largest {high:.3g}), and there the Neumann series diverges. Use damping > "

@@ -120,6 +120,10 @@ class Galerkin(AbstractFactored):
         return None
 
     @property
+    def inverts(self):
+        return self.basis.shape[0] == self.basis.shape[1]
+
+    @property
     def matvec(self):
         product = self.curvature.matvec(self.risk, self.model)
         damped = lambda v: product(v) + jnp.asarray(self.curvature.damping, v.dtype) * v
