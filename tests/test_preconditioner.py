@@ -29,9 +29,7 @@ PRECONDITIONERS = {
     "EKFAC sampled": SAMPLED,
     "KFAC": ix.KFAC(damping=3 * LAMBDA),
     "Diagonal": ix.Diagonal(GN),
-    "BlockDiagonal": ix.BlockDiagonal(GN),
     "Nystrom": ix.Nystrom(GN, 10, key=jr.key(1)),
-    "Arnoldi": ix.Arnoldi(GN, 10, key=jr.key(1)),
     "Mixture": ix.Mixture({lambda m: m.layers[0]: SAMPLED}, ix.EKFAC()),
 }
 
