@@ -4,7 +4,7 @@ import jax
 from jaxtyping import Array, Float
 
 from ._custom_types import Example, Model
-from ._misc import chunk_length, chunked_map, ravel
+from ._misc import Limits, chunked_map, ravel
 from ._risk import EmpiricalRisk
 
 
@@ -20,9 +20,9 @@ def risk_gradient(risk: EmpiricalRisk, model: Model, weights=None) -> Float[Arra
     return jax.grad(lambda t: risk.objective(rebuild(t), weights))(theta)
 
 
-def map_gradients(fn, risk: EmpiricalRisk, model: Model, data=None, *, chunk_size=None):
+def map_gradients(fn, risk: EmpiricalRisk, model: Model, data=None, *, limits: Limits = Limits()):  # noqa: B008
     """`fn(zᵢ, gᵢ)` stacked over the examples of `data` (the training data by default)."""
     data = risk.data if data is None else data
     theta, _ = ravel(model)
-    chunk = chunk_length(4 * theta.size, theta.dtype, chunk_size)
+    chunk = limits.rows(4 * theta.size, theta.dtype)
     return chunked_map(lambda z: fn(z, example_gradient(risk, model, z)), data, chunk)

@@ -9,8 +9,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ._curvature import AbstractCurvature, Hessian, check_curvature
 from ._custom_types import Model, Scores
 from ._effect import AbstractEffect, Derivative
+from ._engine import Schedule
 from ._measurement import AbstractMeasurement, Loss
-from ._misc import check_chunk, chunk_length, chunked_map, dot, leading_length, take
+from ._misc import Limits, check_chunk, check_memory, chunked_map, dot, leading_length
 from ._response import AbstractResponse, Implicit
 from ._risk import EmpiricalRisk
 from ._scale import AbstractScale, Unscaled
@@ -68,6 +69,7 @@ def influence(
     curvature: AbstractCurvature = Hessian(),  # noqa: B008  (frozen)
     *,
     chunk_size: int | None = None,
+    memory: int | None = None,
 ) -> Influence:
     r"""I(i; m) = n · ∂m(θ̂(w))/∂wᵢ = −∇mᵀ (H + λI)⁻¹ gᵢ, with m the loss of a query.
 
@@ -85,11 +87,13 @@ def influence(
       is at a minimum, `diagnose` says.
     - `curvature`: `Hessian`, `GaussNewton`, `Fisher`, `BlockDiagonal`, `Diagonal`, `Identity`, or a
       solver around one (`CG`, `MINRES`). Formed and factored here, once.
-    - `chunk_size`: examples per chunk of gradients; by default what fits 256 MiB. Scores do not
-      depend on it.
+    - `chunk_size`: training points at a time; by default what fits `memory`.
+    - `memory`: bytes that the temporaries of scoring may take, beside the scores themselves; by default
+      256 MiB. It bounds queries and training points at a time, not what the curvature takes to be
+      formed. Scores depend on neither; `plan(f, queries)` prints what was chosen.
 
     **Raises:** `ValueError` where risk and model do not fit (see `EmpiricalRisk`), or the curvature is
-    indefinite or singular.
+    indefinite or singular; on a call, where `memory` does not hold one query's share of the work.
 
     **Cost:** that of the curvature, once; then, per call, m solves and one pass over the training data.
 
@@ -98,29 +102,32 @@ def influence(
     """
     check_curvature(curvature)
     check_chunk(chunk_size)
+    check_memory(memory)
     validate(risk, model)
-    response = Implicit(risk, model, curvature, chunk_size=chunk_size)
+    response = Implicit(risk, model, curvature, limits=Limits(chunk_size, memory))
     return Influence(response, Loss(), Unscaled(), Derivative(), None)
 
 
 @eqx.filter_jit
 def _scores(f: Influence, queries: PyTree[Array]) -> Scores:
-    shape = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), take(queries, 0))
-    rows = leading_length(queries) * max(1, shape.size)
-    f = replace(f, response=f.response.for_rows(rows))
+    f, schedule = scheduled(f, queries)
 
     def one(query):
         scores = f.effect.columns(f, f.effect.prepare(f, query), None)
         return scores if f.masks is None else dot(scores, f.masks.T)
 
-    return chunked_map(one, queries, query_chunk(f, queries))
+    return chunked_map(one, queries, schedule.queries)
 
 
-def query_chunk(f: Influence, queries: PyTree[Array], columns: int | None = None) -> int:
-    """How many queries fit the byte budget: each keeps what it was prepared to, and c rows of scores."""
-    prepared, shape = jax.eval_shape(
-        lambda q: (f.effect.prepare(f, q), f.measurement(f.risk, f.model, q)), take(queries, 0)
-    )
-    rows = max(1, shape.size) * (f.risk.n if columns is None else columns)
-    items = rows + sum(x.size for x in jax.tree_util.tree_leaves(prepared))
-    return chunk_length(items, f.risk.weights.dtype)
+def scheduled(
+    f: Influence, queries: PyTree[Array], kept: int | None = None, limits: Limits | None = None
+) -> tuple[Influence, Schedule]:
+    """f, ready to score these queries in the cheapest way within its limits (or others), and what was
+    chosen.
+
+    `kept` numbers are kept of each component's scores, n by default. Nothing but shapes is looked at.
+    """
+    query = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), queries)
+    kept = f.risk.n if kept is None else kept
+    limits = f.response.limits if limits is None else limits
+    return f.effect.scheduled(f, query, leading_length(queries), kept, limits)

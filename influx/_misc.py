@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from numbers import Integral
 
 import equinox as eqx
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._custom_types import Model, Scalar, ScalarLike
 
-# Temporaries of one chunk are kept near this size. Results do not depend on it (a law under test).
+# Temporaries of one chunk are kept within this size. Results do not depend on it (a law under test).
 BYTE_BUDGET = 256 * 2**20
 
 
@@ -59,11 +60,37 @@ def check_chunk(chunk_size: int | None) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a user allows: `chunk_size` training points at a time, and `memory` bytes of temporaries;
+    `None` leaves the one to the other, and the other to `BYTE_BUDGET`."""
+
+    chunk_size: int | None = None
+    memory: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return BYTE_BUDGET if self.memory is None else self.memory
+
+    def rows(self, row_items: int, dtype) -> int:
+        """How many rows of `row_items` numbers at a time (at least one)."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return max(1, int(self.bytes // (max(1, row_items) * jnp.dtype(dtype).itemsize)))
+
+
+def check_memory(memory: int | None) -> None:
+    whole = isinstance(memory, Integral) and not isinstance(memory, bool)
+    if memory is not None and (not whole or memory < 1):
+        raise ValueError(
+            f"`memory` is a whole number of bytes, at least 1, got {memory!r}. For one gigabyte write "
+            "memory=10**9; None is 256 MiB."
+        )
+
+
 def chunk_length(row_items: int, dtype, chunk_size: int | None = None) -> int:
     """How many rows of `row_items` numbers fit into the byte budget (at least one)."""
-    if chunk_size is not None:
-        return chunk_size
-    return max(1, int(BYTE_BUDGET // (max(1, row_items) * jnp.dtype(dtype).itemsize)))
+    return Limits(chunk_size).rows(row_items, dtype)
 
 
 def chunked_map(fn, xs: PyTree, chunk: int) -> PyTree:
@@ -88,6 +115,11 @@ def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
     return total
 
 
+def even_length(n: int, chunk: int) -> int:
+    """The length of the fewest blocks of at most `chunk` that 0…n−1 falls into, all of them equal."""
+    return -(-n // -(-n // max(1, min(chunk, n))))
+
+
 def map_blocks(fn, n: int, chunk: int) -> PyTree:
     """`fn(indices)` for equal consecutive blocks of at most `chunk` of 0…n−1, joined again.
 
@@ -95,8 +127,8 @@ def map_blocks(fn, n: int, chunk: int) -> PyTree:
     """
     if chunk >= n:
         return fn(jnp.arange(n))
-    count = -(-n // chunk)
-    size = -(-n // count)
+    size = even_length(n, chunk)
+    count = -(-n // size)
     indices = jnp.minimum(jnp.arange(count * size), n - 1)
     blocks = jax.lax.map(fn, indices.reshape(count, size))
     return jtu.tree_map(lambda x: x.reshape(count * size, *x.shape[2:])[:n], blocks)

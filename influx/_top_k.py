@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._influence import Influence, query_chunk
-from ._misc import check_chunk, chunk_length, chunked_map, ravel
+from ._engine import MOST_POINTS
+from ._influence import Influence, scheduled
+from ._misc import Limits, check_chunk, chunked_map
 
 
 class Extremes(eqx.Module):
@@ -58,14 +59,18 @@ def top_k(f: Influence, queries: PyTree[Array], k: int, *, chunk_size: int | Non
 @eqx.filter_jit
 def _top_k(f: Influence, queries: PyTree[Array], k: int, chunk_size: int | None) -> TopK:
     n = f.risk.n
-    theta, _ = ravel(f.model)
-    b = min(n, chunk_length(8 * theta.size, theta.dtype, chunk_size))
+    dtype = f.risk.weights.dtype
+    limits = f.response.limits
+    if chunk_size is not None:
+        limits = Limits(chunk_size, limits.memory)
+    f, schedule = scheduled(f, queries, 4 * k + min(n, MOST_POINTS), limits)
+    b = schedule.points
     starts = jnp.arange(0, n, b)
 
     def one(query):
         prepared = f.effect.prepare(f, query)
         c = jax.eval_shape(lambda p: f.effect.columns(f, p, jnp.arange(b)), prepared).shape[:-1]
-        empty = jnp.full((*c, k), -jnp.inf, theta.dtype), jnp.full((*c, k), -1)
+        empty = jnp.full((*c, k), -jnp.inf, dtype), jnp.full((*c, k), -1)
 
         def step(best, start):
             # The last block reaches back over points already seen; those are masked out.
@@ -82,7 +87,7 @@ def _top_k(f: Influence, queries: PyTree[Array], k: int, chunk_size: int | None)
         (highest, lowest), _ = jax.lax.scan(step, (empty, empty), starts)
         return TopK(_extremes(*highest, 1), _extremes(*lowest, -1))
 
-    return chunked_map(one, queries, query_chunk(f, queries, columns=b + 4 * k))
+    return chunked_map(one, queries, schedule.queries)
 
 
 def _merge(best, scores, indices, k):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._effect import Derivative
-from ._influence import Influence, query_chunk
+from ._influence import Influence, scheduled
 from ._measurement import Loss
 from ._misc import chunked_sum, leading_length, take
 from ._scale import Unscaled
@@ -79,6 +79,7 @@ def _moments(f: Influence, heldout: PyTree[Array]) -> tuple[Float[Array, " n"], 
     """The mean of the scores over `heldout` and the sum of squared deviations from it, a block of
     queries at a time; the first query's scores are taken off before squaring, against cancellation."""
     m = leading_length(heldout)
+    f, schedule = scheduled(f, heldout)
     one = lambda query: f.effect.columns(f, f.effect.prepare(f, query), None)
     first = one(take(heldout, 0))
 
@@ -86,7 +87,7 @@ def _moments(f: Influence, heldout: PyTree[Array]) -> tuple[Float[Array, " n"], 
         shifted = jax.vmap(one)(queries) - first[None]
         return jnp.sum(shifted, axis=0), jnp.sum(jnp.square(shifted), axis=0)
 
-    total, squares = chunked_sum(sums, heldout, min(m, query_chunk(f, heldout)))
+    total, squares = chunked_sum(sums, heldout, schedule.queries)
     return first + total / m, jnp.maximum(squares - jnp.square(total) / m, 0)
 
 

@@ -105,7 +105,8 @@ def test_every_way_of_scoring_gives_the_same_scores():
     risk, model, queries = problem("tokens")
     f = ix.classification(ix.influence(risk, model, ix.EKFAC(damping=1e-3)), "logit")
     want = f(queries)
-    for way in (PerExample(), PerExample(3), ForwardMode(), ForwardMode(7), Layered(), Layered(5)):
+    layered = Layered(), Layered(points=5), Layered(ways=("forward mode",))
+    for way in (PerExample(), PerExample(points=3), ForwardMode(), ForwardMode(points=7), *layered):
 
         def scores(query, way=way):
             prepared = way.prepare(f.response, f.measurement, query)

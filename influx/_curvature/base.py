@@ -51,6 +51,12 @@ class AbstractFactored(eqx.Module):
         """Whether `solve` is an inverse, and not 0 outside a subspace."""
         return True
 
+    @property
+    def solve_flops(self) -> float | None:
+        """Additions and multiplications of one solve; `None` where it takes as many products with the
+        curvature as it needs."""
+        return None
+
     @abc.abstractmethod
     def try_solve(self, v: Float[Array, " P"]) -> tuple[Float[Array, " P"], Array]:
         """(H + λI)⁻¹ v, and whether the solve met its tolerance."""
@@ -97,6 +103,11 @@ class Factored(AbstractFactored):
     @property
     def matvec(self):
         return self.operator.mv
+
+    @property
+    def solve_flops(self):
+        P = self.operator.in_size()
+        return 1.0 * P if isinstance(self.operator, lx.DiagonalLinearOperator) else 2.0 * P**2
 
     def try_solve(self, v):
         with jax.default_matmul_precision("highest"):

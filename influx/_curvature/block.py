@@ -184,6 +184,11 @@ class Blocks(AbstractFactored):
 
         return matvec
 
+    @property
+    def solve_flops(self):
+        parts = [block.factored.solve_flops for block in self.blocks]
+        return None if None in parts else sum(part for part in parts if part is not None)
+
     def try_solve(self, v):
         out, converged = jnp.zeros_like(v), jnp.asarray(True)
         for block in self.blocks:

@@ -34,6 +34,12 @@ class EigenBlock(eqx.Module):
         """The eigenvalues of (H + λI)⁻¹."""
         return 1 / (self.values + self.damping)
 
+    @property
+    def solve_flops(self) -> float:
+        """Both rotations and back, by the bases that are not the identity."""
+        sides = [basis.shape[-1] for basis in (self.left, self.right) if basis is not None]
+        return self.layer.size * (1.0 + 4.0 * sum(sides))
+
     def rotate(self, matrix: Float[Array, "*b S l r"]) -> Float[Array, "*b S l r"]:
         """Q_lᵀ V Q_r."""
         return _right(_left(matrix, _transposed(self.left)), self.right)
@@ -102,6 +108,10 @@ class Kronecker(AbstractFactored):
             )
 
         return matvec
+
+    @property
+    def solve_flops(self):
+        return float(sum(b.solve_flops for b in self.blocks))
 
     def try_solve(self, v):
         parts = [b.scaled(V, b.inverse) for b, V in zip(self.blocks, self.split(v))]

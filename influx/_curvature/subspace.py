@@ -40,6 +40,10 @@ class DiagonalPlusLowRank(AbstractFactored):
     def matvec(self):
         return diagonal_plus_low_rank(self.diagonal, self.basis, self.weights)
 
+    @property
+    def solve_flops(self):
+        return 4.0 * self.modes.size
+
     def try_solve(self, v):
         root = jnp.sqrt(self.diagonal)
         scaled = v / root
@@ -129,6 +133,10 @@ class Galerkin(AbstractFactored):
         damped = lambda v: product(v) + jnp.asarray(self.curvature.damping, v.dtype) * v
         added = self.added
         return damped if added is None else lambda v: damped(v) + added(v)
+
+    @property
+    def solve_flops(self):
+        return 4.0 * self.basis.size + 2.0 * self.basis.shape[0] ** 2
 
     def try_solve(self, v):
         x, done = self.inner.try_solve(dot(self.basis, v))

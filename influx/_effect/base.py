@@ -7,11 +7,19 @@ import equinox as eqx
 from jaxtyping import Array, Float, Int, PyTree
 
 if TYPE_CHECKING:
+    from .._engine import Schedule
     from .._influence import Influence
+    from .._misc import Limits
 
 
 class AbstractEffect(eqx.Module):
     """What a score says: the derivative I(i; m), or the predicted change of m when i is removed."""
+
+    @abc.abstractmethod
+    def scheduled(
+        self, f: Influence, query: PyTree[Array], queries: int, kept: int, limits: Limits
+    ) -> tuple[Influence, Schedule]:
+        """f with its response scheduled for that many queries like this one (see there)."""
 
     @abc.abstractmethod
     def prepare(self, f: Influence, query: PyTree[Array]) -> Any:

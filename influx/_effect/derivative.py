@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -15,6 +16,10 @@ class Prepared(eqx.Module):
 
 class Derivative(AbstractEffect):
     """I(i; m) = n · ∂m/∂wᵢ, divided by the scale."""
+
+    def scheduled(self, f, query, queries, kept, limits):
+        response, schedule = f.response.scheduled(f.measurement, query, queries, kept, limits)
+        return replace(f, response=response), schedule
 
     def prepare(self, f, query):
         shape = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), query).shape

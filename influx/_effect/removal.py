@@ -1,13 +1,20 @@
+from dataclasses import replace
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._misc import chunk_length, map_blocks, ravel
+from .._engine import Alternative, Piece, choose, cost_of
+from .._misc import map_blocks, ravel
 from .base import AbstractEffect
 from .derivative import Derivative
 
 
 class FirstOrder(AbstractEffect):
     """m(θ̂₋ᵢ) − m(θ̂) ≈ −wᵢ I(i; m)/n."""
+
+    def scheduled(self, f, query, queries, kept, limits):
+        return Derivative().scheduled(f, query, queries, kept, limits)
 
     def prepare(self, f, query):
         return Derivative().prepare(f, query)
@@ -22,8 +29,22 @@ class Newton(AbstractEffect):
     """m(θ̂ + Δθᵢ) − m(θ̂ + δ₀): m *evaluated*, not linearised, after one Newton step without i (P10).
 
     δ₀ is the Newton step with every point kept, so that what is left of training is not counted as an
-    effect of the removal; it is 0 at a stationary point.
+    effect of the removal; it is 0 at a stationary point. Training points are taken `points` at a time.
     """
+
+    points: int | None = eqx.field(static=True, default=None)
+
+    def scheduled(self, f, query, queries, kept, limits):
+        def pair(query, index):
+            return _outcome(f, f.response.displace(index[None])[0], query)
+
+        m = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), query)
+        cost = cost_of(pair, query, jax.ShapeDtypeStruct((), jnp.arange(0).dtype))
+        piece = Piece(("all parameters",), "one Newton step a point, m evaluated", cost)
+        way = Alternative(lambda _, points: Newton(points), (piece,))
+        kept = max(1, m.size) * kept
+        schedule = choose((way,), limits, queries, f.risk.n, kept, m.dtype)
+        return replace(f, effect=schedule.scorer), schedule
 
     def prepare(self, f, query):
         return query, _outcome(f, f.response.settle(), query)
@@ -37,7 +58,8 @@ class Newton(AbstractEffect):
             steps = f.response.displace(indices[places])
             return jax.vmap(lambda step: _outcome(f, step, query))(steps)
 
-        after = map_blocks(block, indices.size, chunk_length(8 * theta.size, theta.dtype))
+        points = self.points or f.response.limits.rows(8 * theta.size, theta.dtype)
+        after = map_blocks(block, indices.size, points)
         return jnp.moveaxis(after - before[None], 0, -1)
 
 

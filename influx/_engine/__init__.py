@@ -1,4 +1,10 @@
 from .base import AbstractScoring as AbstractScoring
+from .cost import cost_of as cost_of
 from .gradients import ForwardMode as ForwardMode
 from .gradients import PerExample as PerExample
 from .layered import Layered as Layered
+from .schedule import MOST_POINTS as MOST_POINTS
+from .schedule import Alternative as Alternative
+from .schedule import Piece as Piece
+from .schedule import Schedule as Schedule
+from .schedule import choose as choose

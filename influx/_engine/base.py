@@ -7,6 +7,8 @@ import equinox as eqx
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._measurement import AbstractMeasurement
+from .._misc import Limits
+from .schedule import Alternative
 
 if TYPE_CHECKING:
     from .._response import Implicit
@@ -22,12 +24,22 @@ class AbstractScoring(eqx.Module):
     ```
 
     with V [k, P] the gradients of the components of m and G [n, P] those of the training losses. It
-    holds to rounding, and for K-FAC and EK-FAC to their `tolerance`.
+    holds to rounding, and for K-FAC and EK-FAC to their `tolerance`. Training points are taken
+    `points` at a time (`None`: what the limits allow).
     """
 
+    limits: eqx.AbstractVar[Limits]
+    points: eqx.AbstractVar[int | None]
+
     @abc.abstractmethod
-    def for_rows(self, rows: int) -> AbstractScoring:
-        """The way to take for that many rows (queries times components) in all."""
+    def alternatives(
+        self, response: Implicit, measurement: AbstractMeasurement, query: PyTree[Array]
+    ) -> tuple[Alternative, ...]:
+        """The ways there are, with their costs, for queries of these shapes."""
+
+    @abc.abstractmethod
+    def settled(self, ways: tuple[str, ...], points: int) -> AbstractScoring:
+        """The same with the way of each layer, and the chunk, as chosen."""
 
     @abc.abstractmethod
     def prepare(

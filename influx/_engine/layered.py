@@ -2,17 +2,22 @@
 
 import abc
 import functools
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._curvature import EigenBlock, Kronecker
 from .._measurement import Loss
-from .._misc import chunk_length, chunked_map, einsum, map_blocks, take
+from .._misc import Limits, chunked_map, einsum, map_blocks, take
 from .._taps import Layer, Rows, Watched, ruled
 from .base import AbstractScoring
+from .cost import Cost, cost_of
+from .gradients import forward_columns, forward_piece
+from .schedule import Alternative, Piece
 
 
 class AbstractPrepared(eqx.Module):
@@ -40,17 +45,49 @@ class Terms(AbstractPrepared):
         return jnp.sum(by_left * by_right[None], axis=(1, 2))
 
 
-class Solved(AbstractPrepared):
-    """(H + λI)⁻¹∇m of a layer as a matrix."""
+class Factors(AbstractPrepared):
+    """X = (H + λI)⁻¹∇m of a layer as a matrix, in its eigenbasis where `rotated`; a score is
+    Σ_t gₜᵀX aₜ, so that no gradient gᵢ = Σ_t gₜaₜᵀ is formed."""
 
     matrix: Float[Array, "k S l r"]
     size: Float[Array, " k"]
+    rotated: bool = eqx.field(static=True)
 
     def products(self, block, rows):
+        rows = jax.vmap(block.rotate_rows)(rows) if self.rotated else rows
+        left = rows.left[:, 0]
         if rows.indexed:
-            return _table_products(self.matrix, rows)
+            seen = jax.vmap(lambda ids: _columns(self.matrix, ids[0]))(rows.right)
+            return einsum("bkslt,bstl->kb", seen, left)
+        right = rows.right[:, 0]
+        _, l, r = block.layer.shape
+        if l <= r:  # the longer side first
+            return einsum("kbstl,bstl->kb", einsum("kslr,bstr->kbstl", self.matrix, right), left)
+        return einsum("kbstr,bstr->kb", einsum("kslr,bstl->kbstr", self.matrix, left), right)
+
+
+class Gradients(AbstractPrepared):
+    """The same with each training point's gradient of the layer formed, once for all queries."""
+
+    matrix: Float[Array, "k S l r"]
+    size: Float[Array, " k"]
+    rotated: bool = eqx.field(static=True)
+
+    def products(self, block, rows):
+        rows = jax.vmap(block.rotate_rows)(rows) if self.rotated else rows
         gradients = jax.vmap(lambda row: _gradient(block.layer, row)[0])(rows)
         return einsum("kslr,bslr->kb", self.matrix, gradients)
+
+
+# The ways of a layer whose gradients are not scored by few terms, and what they are called.
+_DENSE = {
+    "dense per layer, by factors": (Factors, False),
+    "dense per layer, by factors in its eigenbasis": (Factors, True),
+    "dense per layer, by gradients": (Gradients, False),
+    "dense per layer, by gradients in its eigenbasis": (Gradients, True),
+}
+_FIRST_DENSE = next(iter(_DENSE))
+_FORWARD = ("forward mode",)
 
 
 class Layered(AbstractScoring):
@@ -59,20 +96,58 @@ class Layered(AbstractScoring):
     - *terms*: where the layer is applied once an example, for query and training point, gradients are
       rank one, g ⊗ a, and Σ_kl ĝ_ik ĝ_jk R_kl â_il â_jl with R = 1/(Λ + λ) is, for R ≈ Σ_ρ p ⊗ q, a
       sum of ρ products of two small Gram matrices (theory: §4).
-    - *solved*: else the query's H⁻¹∇m as a matrix, and per-example gradients of that one layer.
+    - *dense*: else the query's H⁻¹∇m as a matrix, times the factors of a training point's gradient or
+      that gradient itself; in the parameters' basis, where a query is rotated back, or in the
+      layer's eigenbasis, where training points are rotated as well.
+
+    - *forward*: the derivative of all training losses in the direction (H + λI)⁻¹∇m, as `ForwardMode`.
+
+    `ways` are those of the layers; `None` takes terms where there are any, else factors; ("forward
+    mode",) is that.
     """
 
-    chunk_size: int | None = eqx.field(static=True, default=None)
+    limits: Limits = eqx.field(static=True, default=Limits())
+    points: int | None = eqx.field(static=True, default=None)
+    ways: tuple[str, ...] | None = eqx.field(static=True, default=None)
 
-    def for_rows(self, rows):
-        return self
+    def alternatives(self, response, measurement, query):
+        of_query, of_loss = _measurement_rows(response, measurement), _loss_rows(response)
+        one = take(response.risk.data, 0)
+        m, z = jax.eval_shape(of_query, query), jax.eval_shape(of_loss, one)
+        both = cost_of(lambda q, z: (of_query(q), of_loss(z)), query, one)
+        passes = Piece(("all layers",), "activations and output gradients", both)
+        known: dict = {}  # layers alike cost alike
+        choices = tuple(
+            _choices(block, *rows, known) for block, rows in zip(_kronecker(response).blocks, zip(m, z))
+        )
+        return (
+            Alternative(self.settled, (passes,), choices),
+            Alternative(self.settled, (), self._forward(response, measurement, query, m)),
+        )
+
+    def _forward(self, response, measurement, query, rows) -> tuple[tuple[Piece, ...], ...]:
+        """The only piece of forward mode: preparing all layers, and the products."""
+        k = rows[0].left.shape[0]
+        forward = replace(self, ways=_FORWARD)
+        prepare = lambda q, _: forward.prepare(response, measurement, q)
+        products = forward_piece(response, k)
+        return ((replace(products, cost=products.cost.plus(cost_of(prepare, query, None))),),)
+
+    def settled(self, ways, points):
+        return replace(self, points=points, ways=ways)
 
     def prepare(self, response, measurement, query):
-        rows = _measurement_rows(response, measurement)(query)
         blocks = _kronecker(response).blocks
-        return tuple(_prepared(block, row) for block, row in zip(blocks, rows))
+        rows = _measurement_rows(response, measurement)(query)
+        ways = self.ways or [_ways(block, row)[0] for block, row in zip(blocks, rows)]
+        ways = [_FIRST_DENSE] * len(blocks) if self.ways == _FORWARD else ways
+        return tuple(_prepared(*parts) for parts in zip(blocks, rows, ways))
 
     def columns(self, response, prepared, indices):
+        if self.ways == _FORWARD:
+            join = jax.vmap(lambda matrices: _kronecker(response).join(matrices))
+            solved = join([part.matrix for part in prepared])
+            return forward_columns(response, solved, indices, self.limits, self.points)
         blocks = _kronecker(response).blocks
         rows_of = _loss_rows(response)
         data = response.risk.data
@@ -84,8 +159,8 @@ class Layered(AbstractScoring):
             parts = [p.products(b, row) for b, p, row in zip(blocks, prepared, rows)]
             return functools.reduce(jnp.add, parts).T
 
-        scores = map_blocks(block, count, self._chunk(response, rows_of))
-        return -scores.T
+        points = self.points or self._own_chunk(response, rows_of)
+        return -map_blocks(block, count, points).T
 
     def quadratic(self, response, prepared):
         return functools.reduce(jnp.add, [part.size for part in prepared])
@@ -99,15 +174,44 @@ class Layered(AbstractScoring):
             parts = [_own(block, m, g, power) for block, m, g in pairs]
             return functools.reduce(jnp.add, parts)
 
-        return chunked_map(one, response.risk.data, self._chunk(response, of_loss))
+        return chunked_map(one, response.risk.data, self._own_chunk(response, of_loss))
 
-    def _chunk(self, response, rows_of) -> int:
+    def _own_chunk(self, response, rows_of) -> int:
+        """Training points at a time where each is its own query."""
         one = jax.eval_shape(rows_of, take(response.risk.data, 0))
         blocks = _kronecker(response).blocks
         items = sum(4 * (row.left.size + row.right.size) for row in one)
-        items += sum(2 * b.layer.size for b in blocks if b.terms is None)
-        dtype = blocks[0].values.dtype
-        return min(512, chunk_length(items, dtype, self.chunk_size))
+        items += sum(2 * b.layer.size for b, row in zip(blocks, one) if not row.is_rank_one)
+        return min(512, self.limits.rows(items, blocks[0].values.dtype))
+
+
+def _ways(block: EigenBlock, rows: Rows) -> list[str]:
+    """What a layer may do for a query of such rows: the default first. All of them take the same
+    inverse, so that scores do not depend on which it is."""
+    if block.terms is not None and rows.is_rank_one:
+        return [f"rank one, {block.terms[0].shape[1]} terms", *_DENSE]
+    return list(_DENSE)
+
+
+def _choices(block: EigenBlock, m: Rows, g: Rows, known: dict) -> tuple[Piece, ...]:
+    """The pieces that a layer may be scored by, m being a query's rows and g a training point's."""
+    arrays = jtu.tree_leaves(eqx.filter(block, eqx.is_array))
+    layer = block.layer
+    key = layer.shape, layer.dense, *((x.shape, x.dtype) for x in (*arrays, *m, *g))
+    if key not in known:
+        known[key] = [(way, *_cost(block, m, g, way)) for way in _ways(block, m)]
+    return tuple(Piece(layer.paths, *found) for found in known[key])
+
+
+def _cost(block: EigenBlock, m: Rows, g: Rows, way: str) -> tuple[Cost, float]:
+    """What a layer's scores cost, and the bytes that a query keeps for them."""
+    ready = lambda rows: _prepared(block, rows, way)
+    held = sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(jax.eval_shape(ready, m)))
+
+    def score(m, g):
+        return ready(m).products(block, jtu.tree_map(lambda x: x[None], g))
+
+    return cost_of(score, m, g), held
 
 
 def _kronecker(response) -> Kronecker:
@@ -151,15 +255,27 @@ def _as_rows(gradient: Float[Array, "k S l r"]) -> Rows:
     return Rows(gradient.swapaxes(2, 3), jnp.broadcast_to(jnp.arange(r), (1, S, r)))
 
 
-def _prepared(block: EigenBlock, rows: Rows) -> Terms | Solved:
-    if block.terms is not None and rows.is_rank_one:
+def _prepared(block: EigenBlock, rows: Rows, way: str) -> AbstractPrepared:
+    few = block.terms if rows.is_rank_one else None
+    if way not in _DENSE:
+        assert few is not None
         left, right = _rank_one(block.rotate_rows(rows))
-        p, q = block.terms
+        p, q = few
         size = einsum("ksl,slr,sr->k", jnp.square(left), block.inverse, jnp.square(right))
         return Terms(left[:, :, None, :] * p[None], right[:, None, :] * q, size)
-    gradient = _gradient(block.layer, rows)
-    solved = block.scaled(gradient, block.inverse)
-    return Solved(solved, jnp.sum(solved * gradient, axis=(1, 2, 3)))
+    kind, rotated = _DENSE[way]
+    inside = _in_eigenbasis(block, rows)
+    size = jnp.sum(jnp.square(inside) * block.inverse[None], axis=(1, 2, 3))
+    solved = inside * (block.inverse if few is None else einsum("sul,sur->slr", *few))[None]
+    return kind(solved if rotated else block.rotate_back(solved), size, rotated)
+
+
+def _in_eigenbasis(block: EigenBlock, rows: Rows) -> Float[Array, "k S l r"]:
+    """The gradient, rotated: its rows first, where they are few."""
+    _, l, r = block.layer.shape
+    if not rows.indexed and rows.left.shape[-2] * (l * l + r * r) <= l * r * (l + r):
+        return _gradient(block.layer, block.rotate_rows(rows))
+    return block.rotate(_gradient(block.layer, rows))
 
 
 def _rank_one(rows: Rows) -> tuple[Float[Array, "k S l"], Float[Array, "S r"]]:
@@ -177,16 +293,10 @@ def _gradient(layer: Layer, rows: Rows) -> Float[Array, "k S l r"]:
     return einsum("kstl,kstr->kslr", rows.left, right)
 
 
-def _table_products(matrix: Float[Array, "k S l r"], rows: Rows) -> Float[Array, "k b"]:
-    """Only the columns that a training point looks up, one point at a time."""
-
-    def one(row):
-        left, ids = row  # [1, S, T, l], [1, S, T]
-        columns = jax.vmap(lambda m, i: jnp.take(m, i, axis=-1, mode="fill", fill_value=0))
-        seen = jax.vmap(lambda m: columns(m, ids[0]))(matrix)  # [k, S, l, T]
-        return einsum("kslt,stl->k", seen, left[0])
-
-    return jax.lax.map(one, (rows.left, rows.right)).T
+def _columns(matrix: Float[Array, "k S l r"], ids) -> Float[Array, "k S l T"]:
+    """Those that a training point looks up, [S, T] of them."""
+    pick = jax.vmap(lambda m, i: jnp.take(m, i, axis=-1, mode="fill", fill_value=0))
+    return jax.vmap(lambda m: pick(m, ids))(matrix)
 
 
 def _own(block: EigenBlock, m: Rows, g: Rows, power: int) -> Float[Array, " k"]:

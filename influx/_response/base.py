@@ -5,7 +5,9 @@ import equinox as eqx
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import Model
+from .._engine import Schedule
 from .._measurement import AbstractMeasurement
+from .._misc import Limits
 from .._risk import EmpiricalRisk
 
 
@@ -23,10 +25,19 @@ class AbstractResponse(eqx.Module):
 
     risk: eqx.AbstractVar[EmpiricalRisk]
     model: eqx.AbstractVar[Model]
+    limits: eqx.AbstractVar[Limits]
 
     @abc.abstractmethod
-    def for_rows(self, rows: int) -> "AbstractResponse":
-        """The same response, its products taken in the way that is cheapest for that many rows."""
+    def scheduled(
+        self,
+        measurement: AbstractMeasurement,
+        query: PyTree[Array],
+        queries: int,
+        kept: int,
+        limits: Limits,
+    ) -> tuple["AbstractResponse", Schedule]:
+        """The same response, its products taken in the way that is cheapest for that many queries like
+        this one, within the limits. `kept` is how many numbers are kept of a component's scores."""
 
     @abc.abstractmethod
     def prepare(self, measurement: AbstractMeasurement, query: PyTree[Array]) -> Any:

@@ -4,10 +4,10 @@ import jax
 from .._curvature import AbstractCurvature, AbstractFactored
 from .._curvature.newton_step import AbstractNewtonSteps
 from .._custom_types import Model
-from .._engine import AbstractScoring, Layered, PerExample
+from .._engine import AbstractScoring, Layered, PerExample, choose
 from .._gradients import risk_gradient
 from .._jacobian import AbstractJacobian, output_jacobian
-from .._misc import take
+from .._misc import Limits, take
 from .._risk import EmpiricalRisk
 from .base import AbstractResponse
 
@@ -34,20 +34,26 @@ class Implicit(AbstractResponse):
         model: Model,
         curvature: AbstractCurvature,
         *,
-        chunk_size: int | None = None,
+        limits: Limits = Limits(),  # noqa: B008  (frozen)
     ):
         self.risk, self.model, self.curvature = risk, model, curvature
         self.factored = curvature.factor(risk, model)
         layered = self.factored.layered is not None
-        self.scoring = (Layered if layered else PerExample)(chunk_size)
+        self.scoring = (Layered if layered else PerExample)(limits)
         output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
         self.output = output if isinstance(output, jax.ShapeDtypeStruct) else None
         self.jacobian = output_jacobian(risk, model) if self.output is not None else None
         self.newton = curvature.newton_steps(risk, model, self.factored, self.jacobian)
 
-    def for_rows(self, rows):
-        way = self.scoring.for_rows(rows)
-        return eqx.tree_at(lambda response: response.scoring, self, way)
+    @property
+    def limits(self):
+        return self.scoring.limits
+
+    def scheduled(self, measurement, query, queries, kept, limits):
+        ways = self.scoring.alternatives(self, measurement, query)
+        m = jax.eval_shape(lambda q: measurement(self.risk, self.model, q), query)
+        schedule = choose(ways, limits, queries, self.risk.n, max(1, m.size) * kept, m.dtype)
+        return eqx.tree_at(lambda r: r.scoring, self, schedule.scorer), schedule
 
     def prepare(self, measurement, query):
         return self.scoring.prepare(self, measurement, query)

@@ -1,0 +1,132 @@
+"""The choice of a way of scoring, and of chunks, by cost within a memory limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from .._misc import Limits, even_length
+from .cost import BALANCE, Cost, Parts
+
+# More training points at a time than this are no faster: their rows no longer fit a processor's cache.
+MOST_POINTS = 512
+# What starting one more chunk costs, in flops: some 60 µs (measured as BALANCE was).
+_STEP = 1e7
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the work: of which parameters (`paths`), in which `way`, at what cost. `held` are the
+    bytes a query keeps ready for it, which every chunk of training points reads again."""
+
+    paths: tuple[str, ...]
+    way: str
+    cost: Cost
+    held: float = 0.0
+
+    def total(self, parts: Parts, m: int, n: int, q: int) -> float:
+        """An amount for m queries, q at a time: what is a point's own is computed again each time."""
+        return parts.fixed + m * parts.query + n * (-(-m // q) * parts.point + m * parts.pair)
+
+    def flops(self, m: int, n: int, q: int) -> float:
+        return self.total(self.cost.flops, m, n, q)
+
+    def moved(self, m: int, n: int, q: int, b: int) -> float:
+        return self.total(self.cost.moved, m, n, q) + m * self.held * -(-n // b)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way of scoring: what it does in any case, and for each layer the pieces to choose from.
+    `settle(ways, points)` is what does so, given the choice and the chunk."""
+
+    settle: Callable[[tuple[str, ...], int], Any]
+    shared: tuple[Piece, ...]
+    layers: tuple[tuple[Piece, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a plan, in total over all queries and training points."""
+
+    paths: tuple[str, ...]
+    way: str
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What was chosen: by whom scores are taken, `queries` and `points` at a time, what each part costs,
+    and an estimate of the bytes of temporaries."""
+
+    scorer: Any
+    queries: int
+    points: int
+    rows: tuple[Row, ...]
+    work: float
+    peak: float
+
+
+def choose(
+    alternatives: tuple[Alternative, ...], limits: Limits, m: int, n: int, kept: int, dtype
+) -> Schedule:
+    """The cheapest schedule within the limits. `kept` numbers are kept of a query's scores.
+
+    **Raises:** `ValueError` where a memory limit of the user's holds not even one query.
+    """
+    # As they come out of the chunks, in their place, and divided by a scale.
+    scores = Cost(live=Parts(query=3.0 * kept * jnp.dtype(dtype).itemsize))
+    found = [
+        _settled(one, limits, m, n, q, scores) for one in alternatives for q in _query_chunks(m)
+    ]
+    fit = [s for s in found if s.peak <= limits.bytes]
+    if fit:
+        return min(fit, key=lambda s: s.work)
+    least = min(found, key=lambda s: s.peak)
+    if limits.memory is not None:
+        alone = "" if limits.chunk_size is None else f" with chunk_size={limits.chunk_size}"
+        raise ValueError(
+            f"`memory={limits.memory}` bytes do not hold one query's share of the work{alone}: that "
+            f"takes {least.peak:,.0f}. Use `influence(..., memory={round(least.peak + 1)})` or more"
+            f"{', a smaller chunk_size' if alone else ''}, or keep fewer parameters with `restrict`."
+        )
+    return least
+
+
+def _query_chunks(m: int) -> list[int]:
+    """m, and what halving leaves of it."""
+    chunks, parts = [m], 1
+    while chunks[-1] > 1:
+        parts *= 2
+        chunks.append(even_length(m, -(-m // parts)))
+    return chunks
+
+
+def _settled(one: Alternative, limits, m: int, n: int, q: int, scores: Cost) -> Schedule:
+    work = lambda p: p.flops(m, n, q) + BALANCE * p.moved(m, n, q, min(n, MOST_POINTS))
+    chosen = tuple(min(pieces, key=work) for pieces in one.layers)
+    pieces = (*one.shared, *chosen)
+    live = scores.live
+    for piece in pieces:
+        live = live.plus(piece.cost.live)
+    b = _points(live, limits, n, q)
+    rows = tuple(
+        Row(p.paths, p.way, p.flops(m, n, q), p.moved(m, n, q, b)) for p in pieces
+    )
+    total = sum(row.flops + BALANCE * row.bytes for row in rows)
+    total += _STEP * len(pieces) * -(-m // q) * -(-n // b)
+    scorer = one.settle(tuple(p.way for p in chosen), b)
+    return Schedule(scorer, q, b, rows, total, live.at(q, b))
+
+
+def _points(live: Parts, limits: Limits, n: int, q: int) -> int:
+    """How many training points fit beside q queries (at least one)."""
+    if limits.chunk_size is not None:
+        return even_length(n, limits.chunk_size)
+    room = limits.bytes - live.fixed - q * live.query
+    each = max(1.0, live.point + q * live.pair)
+    return even_length(n, max(1, min(MOST_POINTS, int(room // each))))
