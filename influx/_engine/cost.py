@@ -106,7 +106,9 @@ def _read(jaxpr: Jaxpr, labels: list[int]) -> tuple[Cost, list[int]]:
     """The cost of a program whose inputs have these labels, and the labels of its results."""
     known = dict(zip(jaxpr.invars, labels))
     of = lambda v: 0 if isinstance(v, Literal) else known.get(v, 0)
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
+    last = {
+        v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)
+    }
     kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
     made: set[Any] = set()
     tally = _Tally(*([0.0] * 4 for _ in range(4)))

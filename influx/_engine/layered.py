@@ -118,7 +118,8 @@ class Layered(AbstractScoring):
         passes = Piece(("all layers",), "activations and output gradients", both)
         known: dict = {}  # layers alike cost alike
         choices = tuple(
-            _choices(block, *rows, known) for block, rows in zip(_kronecker(response).blocks, zip(m, z))
+            _choices(block, *rows, known)
+            for block, rows in zip(_kronecker(response).blocks, zip(m, z))
         )
         return (
             Alternative(self.settled, (passes,), choices),

@@ -114,9 +114,7 @@ def _settled(one: Alternative, limits, m: int, n: int, q: int, scores: Cost) -> 
     for piece in pieces:
         live = live.plus(piece.cost.live)
     b = _points(live, limits, n, q)
-    rows = tuple(
-        Row(p.paths, p.way, p.flops(m, n, q), p.moved(m, n, q, b)) for p in pieces
-    )
+    rows = tuple(Row(p.paths, p.way, p.flops(m, n, q), p.moved(m, n, q, b)) for p in pieces)
     total = sum(row.flops + BALANCE * row.bytes for row in rows)
     total += _STEP * len(pieces) * -(-m // q) * -(-n // b)
     scorer = one.settle(tuple(p.way for p in chosen), b)

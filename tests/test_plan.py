@@ -1,0 +1,219 @@
+"""What `plan` says is what the engine does, and memory is kept to."""
+
+import functools
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import influx as ix
+from influx import _engine as engine
+from influx._engine import cost_of, layered
+from influx._influence import _scores
+from influx._misc import even_length
+from tests import helpers
+
+
+@functools.cache
+def wide_problem(n: int = 300, m: int = 60, seed: int = 0):
+    """A network large enough that gradients, not the program's constants, are what memory holds."""
+    a, b, c = jr.split(jr.key(seed), 3)
+    model = eqx.nn.MLP(40, 4, 64, 2, activation=jax.nn.relu, key=a)
+    X = jr.normal(b, (n + m, 40)) * jnp.geomspace(1, 0.05, 40)[None]
+    y = jr.randint(c, (n + m,), 0, 4)
+    risk = ix.EmpiricalRisk((X[:n], y[:n]), ix.SoftmaxCrossEntropy(), l2=1e-3)
+    return risk, model, (X[n:], y[n:])
+
+
+def take(queries, m: int):
+    return tuple(x[:m] for x in queries)
+
+
+CURVATURES = {
+    "EKFAC": ix.EKFAC(damping=1e-2),
+    "EKFAC, terms": ix.EKFAC(damping=1e-2, tolerance=0.3),
+    "Identity": ix.Identity(),
+    "CG": ix.CG(ix.GaussNewton(damping=0.5), rtol=1e-12),
+}
+
+
+@functools.cache
+def handle(name: str, **limits) -> ix.Influence:
+    risk, model, _ = wide_problem()
+    return ix.influence(risk, model, CURVATURES[name], **limits)
+
+
+def loops(f: ix.Influence, queries) -> set[tuple[int, ...]]:
+    """The lengths of the nested loops that `f(queries)` is compiled to."""
+    found = set()
+
+    def walk(jaxpr, outer):
+        for eqn in jaxpr.eqns:
+            inside = (*outer, eqn.params["length"]) if eqn.primitive.name == "scan" else outer
+            found.add(inside)
+            for value in eqn.params.values():
+                inner = getattr(value, "jaxpr", None)
+                if inner is not None:
+                    walk(inner, inside)
+
+    arrays, static = eqx.partition(f, eqx.is_array)
+    run = lambda arrays, q: _scores(eqx.combine(arrays, static), q)
+    walk(jax.make_jaxpr(run)(arrays, queries).jaxpr, ())
+    return found
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+@pytest.mark.parametrize("rows", [1, 60])
+@pytest.mark.parametrize("chunk_size", [None, 64])
+def test_the_engine_does_what_the_plan_says(name, rows, chunk_size, monkeypatch):
+    f = ix.influence(*wide_problem()[:2], CURVATURES[name], chunk_size=chunk_size, memory=4 * 10**6)
+    queries = take(wide_problem()[2], rows)
+    planned = ix.plan(f, queries)
+    done = set()
+    for cls in (layered.Terms, layered.Factors, layered.Gradients):
+        products = cls.products
+
+        def spied(self, block, rows, products=products, cls=cls):
+            done.add((cls.__name__, block.layer.paths))
+            return products(self, block, rows)
+
+        monkeypatch.setattr(cls, "products", spied)
+    for module in (engine.gradients, layered):
+        whole = engine.gradients.forward_columns
+        monkeypatch.setattr(
+            module, "forward_columns", lambda *a: (done.add("forward"), whole(*a))[1], raising=False
+        )
+    counts = loops(f, queries)
+    said = set()
+    for row in planned.rows:
+        if "rank one" in row.way:
+            said.add(("Terms", row.parameters))
+        elif "by factors" in row.way:
+            said.add(("Factors", row.parameters))
+        elif "by gradients" in row.way:
+            said.add(("Gradients", row.parameters))
+        elif row.way == "forward mode":
+            said.add("forward")
+    assert done == said
+    (m, n), q, b = planned.shape, planned.queries, planned.training_points
+    expected = tuple(-(-total // size) for total, size in ((m, q), (n, b)) if size < total)
+    assert any(lengths[: len(expected)] == expected for lengths in counts), (expected, counts)
+    assert chunk_size is None or b == even_length(n, chunk_size)
+
+
+def temporaries(f: ix.Influence, queries) -> int:
+    """Bytes that the compiled program takes beside its arguments and its answer."""
+    arrays, static = eqx.partition(f, eqx.is_array)
+    run = jax.jit(lambda arrays, q: _scores(eqx.combine(arrays, static), q))
+    memory = run.lower(arrays, queries).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+def test_a_memory_limit_is_kept_and_changes_no_score(name):
+    risk, model, queries = wide_problem()
+    whole = handle(name)(queries)
+    limit = 2 * 10**6
+    f = ix.influence(risk, model, CURVATURES[name], memory=limit)
+    planned = ix.plan(f, queries)
+    assert planned.queries < 60 or planned.training_points < 300
+    assert planned.peak_bytes <= limit
+    # The chunks' answers stand beside the temporaries before they become the scores.
+    assert temporaries(f, queries) <= limit + planned.score_bytes
+    np.testing.assert_allclose(f(queries), whole, rtol=1e-9, atol=1e-12 * float(abs(whole).max()))
+    assert temporaries(handle(name), queries) > temporaries(f, queries)
+
+
+@settings(max_examples=6)
+@given(
+    chunk_size=st.sampled_from([None, 1, 7, 300]),
+    memory=st.sampled_from([10**6, 10**7, 10**9]),
+    name=st.sampled_from(["EKFAC", "EKFAC, terms", "Identity"]),
+    rows=st.sampled_from([1, 60]),
+)
+def test_scores_depend_neither_on_limits_nor_on_the_other_queries(chunk_size, memory, name, rows):
+    risk, model, queries = wide_problem()
+    want = handle(name)(queries)[:rows]
+    try:
+        f = ix.influence(risk, model, CURVATURES[name], chunk_size=chunk_size, memory=memory)
+        got = f(take(queries, rows))
+    except ValueError as error:
+        assert "do not hold" in str(error)
+        return
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12 * float(abs(want).max()))
+
+
+def test_few_queries_take_forward_mode_and_many_do_not():
+    _, _, queries = wide_problem()
+    for name in ("Identity", "CG"):
+        ways = [{row.way for row in ix.plan(handle(name), take(queries, m)).rows} for m in (1, 60)]
+        assert "forward mode" in ways[0]
+        assert "per-example gradients" in ways[1]
+    terms = ix.plan(handle("EKFAC, terms"), queries)
+    assert any(re.fullmatch(r"rank one, \d+ terms", row.way) for row in terms.rows)
+
+
+@pytest.mark.parametrize("name", helpers.CURVATURES)
+def test_every_curvature_has_a_plan(name):
+    _, _, _, queries = helpers.problem("network")
+    f = helpers.handle("network", name)
+    table = ix.plan(f, queries)
+    step = any("per step" in row.way for row in table.rows)
+    assert step == (name in ("CG", "MINRES", "Neumann"))
+    assert table.flops > 0
+    assert str(table).count("\n") == len(table.rows) + 2
+
+
+def test_transforms_have_plans():
+    _, _, _, queries = helpers.problem("softmax")
+    f = helpers.handle("softmax")
+    plain = ix.plan(f, queries)
+    assert ix.plan(ix.relative(f, "cosine"), queries).rows == plain.rows
+    assert ix.plan(ix.removal(f), queries).rows == plain.rows
+    assert ix.plan(ix.groups(f, jnp.ones((2, f.risk.n))), queries).score_bytes < plain.score_bytes
+    vector = ix.plan(ix.classification(f, "probability"), queries)
+    assert vector.score_bytes == 3 * plain.score_bytes
+    assert vector.flops > plain.flops
+    newton = ix.plan(ix.removal(f, "newton"), queries)
+    assert "Newton step" in newton.rows[0].way
+
+
+def test_a_cost_is_that_of_the_program():
+    A, B = jnp.ones((6, 5)), jnp.ones((5, 4))
+
+    def score(query, point):
+        return jnp.sum((A @ query) * (A @ point)) + jnp.sum(jnp.sin(B))
+
+    cost = cost_of(score, jnp.ones(5), jnp.ones(5))
+    assert cost.flops.query == cost.flops.point == 2 * 6 * 5
+    assert cost.flops.pair == 6 + 6 + 1  # the product, its sum, and what is added to it
+    assert cost.flops.fixed == 2 * 20
+    assert cost.moved.query == 2 * 6 * 8
+    repeated = lambda q, z: jax.lax.scan(lambda c, _: (c + A.T @ (A @ q), None), q, None, 7)[0]
+    assert cost_of(repeated, jnp.ones(5), jnp.ones(5)).flops.query == 7 * (4 * 6 * 5 + 5)
+    kernel = jnp.ones((3, 2, 3, 3))
+    image = jnp.ones((2, 8, 8))
+    conv = lambda q, _: jax.lax.conv(q[None], kernel, (1, 1), "VALID")
+    assert cost_of(conv, image, None).flops.query == 2 * (3 * 6 * 6) * 2 * 3 * 3
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "1GB"])
+def test_a_memory_limit_is_a_number_of_bytes(bad):
+    risk, model, _ = wide_problem()
+    with pytest.raises(ValueError, match=r"`memory` is a whole number of bytes.*memory=10\*\*9"):
+        ix.influence(risk, model, ix.Identity(), memory=bad)
+
+
+def test_a_limit_that_holds_nothing_is_refused_with_the_one_that_does():
+    risk, model, queries = wide_problem()
+    f = ix.influence(risk, model, ix.Identity(), memory=1000)
+    with pytest.raises(ValueError, match="do not hold one query's share") as refused:
+        f(queries)
+    enough = int(re.search(r"memory=(\d+)\)", str(refused.value))[1])
+    assert np.isfinite(ix.influence(risk, model, ix.Identity(), memory=enough)(queries)).all()
