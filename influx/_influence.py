@@ -12,7 +12,7 @@ from ._effect import AbstractEffect, Derivative
 from ._engine import Schedule
 from ._measurement import AbstractMeasurement, Loss
 from ._misc import Limits, check_chunk, check_memory, chunked_map, dot, leading_length
-from ._response import AbstractResponse, Implicit
+from ._response import AbstractResponse, Implicit, TrainingRun, Unrolled
 from ._risk import EmpiricalRisk
 from ._scale import AbstractScale, Unscaled
 from ._validate import validate
@@ -54,7 +54,7 @@ class Influence(eqx.Module):
 
     @property
     def model(self) -> Model:
-        """Its minimiser θ̂."""
+        """Its minimiser θ̂, or the model at the end of the run."""
         return self.response.model
 
     @property
@@ -66,7 +66,7 @@ class Influence(eqx.Module):
 def influence(
     risk: EmpiricalRisk,
     model: Model,
-    curvature: AbstractCurvature = Hessian(),  # noqa: B008  (frozen)
+    curvature: AbstractCurvature | Unrolled = Hessian(),  # noqa: B008  (frozen)
     *,
     chunk_size: int | None = None,
     memory: int | None = None,
@@ -84,10 +84,11 @@ def influence(
     **Arguments:**
 
     - `risk`, `model`: what was trained, and its minimiser θ̂. The model is not retrained; whether it
-      is at a minimum, `diagnose` says.
+      is at a minimum, `diagnose` says. With `Unrolled(trainer)`: the model that training starts from.
     - `curvature`: `Hessian`, `GaussNewton`, `Fisher`, `BlockDiagonal`, `Diagonal`, `Identity`, or a
-      solver around one (`CG`, `MINRES`). Formed and factored here, once.
-    - `chunk_size`: training points at a time; by default what fits `memory`.
+      solver around one (`CG`, `MINRES`). Formed and factored here, once. `Unrolled(trainer)` has none:
+      it trains, here and once, and differentiates that run.
+    - `chunk_size`: training points at a time (`Unrolled`: queries); by default what fits `memory`.
     - `memory`: bytes that the temporaries of scoring may take, beside the scores themselves; by default
       256 MiB. It bounds queries and training points at a time, not what the curvature takes to be
       formed. Scores depend on neither; `plan(f, queries)` prints what was chosen.
@@ -100,11 +101,16 @@ def influence(
     **Source:** Koh & Liang, "Understanding Black-box Predictions via Influence Functions",
     arXiv:1703.04730 (their I_up,loss); Kounavis, Dia & Ramazanli, arXiv:2305.16094.
     """
-    check_curvature(curvature)
     check_chunk(chunk_size)
     check_memory(memory)
-    validate(risk, model)
-    response = Implicit(risk, model, curvature, limits=Limits(chunk_size, memory))
+    limits = Limits(chunk_size, memory)
+    if isinstance(curvature, Unrolled):
+        validate(risk, model)
+        response = TrainingRun(risk, model, curvature.trainer, limits=limits)
+    else:
+        check_curvature(curvature)
+        validate(risk, model)
+        response = Implicit(risk, model, curvature, limits=limits)
     return Influence(response, Loss(), Unscaled(), Derivative(), None)
 
 

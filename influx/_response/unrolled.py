@@ -1,0 +1,149 @@
+"""Influence through the training run itself: its derivative in the data weights."""
+
+from dataclasses import replace
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from .._custom_types import Model
+from .._engine import Alternative, Piece, choose, cost_of
+from .._misc import Limits, even_length, is_concrete, ravel
+from .._risk import EmpiricalRisk
+from .._train import SGD, check_trainer
+from .base import AbstractResponse
+from .reverse import pull, run
+
+
+class Unrolled(eqx.Module):
+    r"""R = ∂θ_T/∂w, the derivative of the training run that starts at the model given.
+
+    ```python
+    trainer = influx.SGD(optax.sgd(0.02, momentum=0.9), batch_size=250, epochs=10, key=jr.key(0))
+    f = influx.influence(risk, model0, influx.Unrolled(trainer))
+    f((Xq, yq))                     # [m, n]; f.model is the trained model
+    ```
+
+    I(i; m) = n · ∂m(θ_T(w))/∂wᵢ with the start, the order of the batches and every number of the
+    optimiser held fixed: what `leave_subset_out(risk, model0, trainer, ...)` does to m, to first order.
+    No minimum, convexity, curvature or damping is asked for; near a minimum of a strongly convex J it
+    is the implicit response (P14). Momentum, Adam, schedules, weight decay, clipping: whatever optax
+    optimiser, as long as its update is differentiable where the run passes.
+
+    It is worth what the derivative is worth: a run may be so rough in its data weights that a tangent
+    says nothing of removing a point. `diagnose` measures that (*metasmoothness*).
+
+    **Arguments:** `trainer`: an `SGD`.
+
+    **Cost:** the run, once, at `influence`; then per chunk of queries (or components of a
+    vector measurement) a second run and as many Hessian products as it has steps, each for all: about
+    2.5 runs for a single query. It keeps 2√T states of the T steps, and the order of the data.
+
+    **Raises:** `ValueError` for a trainer that is no `SGD`; `RuntimeError` where the run diverges.
+
+    **Source:** Maclaurin, Duvenaud & Adams, "Gradient-based Hyperparameter Optimization through
+    Reversible Learning", arXiv:1502.03492; Hara, Nitanda & Maehara, "Data Cleansing for Models
+    Trained with SGD", arXiv:1906.08473; Engstrom et al., "Optimizing ML Training with Metagradient
+    Descent", arXiv:2503.13751.
+    """
+
+    trainer: SGD
+
+    def __init__(self, trainer: Any):
+        check_trainer(trainer)
+        if not isinstance(trainer, SGD):
+            raise ValueError(
+                f"`Unrolled` differentiates a run step by step, and {type(trainer).__name__} ends at a "
+                "minimum however it got there: the derivative of that is "
+                "`influence(risk, fit(risk, model, trainer), Hessian())`. For a run of fixed steps use "
+                "Unrolled(SGD(optimiser, batch_size=, epochs=, key=))."
+            )
+        self.trainer = trainer
+
+
+class TrainingRun(AbstractResponse):
+    """The response of `Unrolled`: the run, done once, with a state kept every √T steps."""
+
+    risk: EmpiricalRisk
+    model: Model
+    trainer: SGD
+    states: PyTree[Array]  # [segments, ...]: at the start of each
+    batches: Int[Array, "segments steps B"]
+    limits: Limits = eqx.field(static=True)
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        model: Model,
+        trainer: SGD,
+        *,
+        limits: Limits = Limits(),  # noqa: B008  (frozen)
+    ):
+        self.risk, self.trainer, self.limits = risk, trainer, limits
+        self.model, self.states, self.batches = run(trainer, risk, model)
+        theta, _ = ravel(self.model)
+        if is_concrete(theta) and not np.isfinite(np.asarray(theta)).all():
+            raise RuntimeError(f"There is nothing to differentiate. {trainer.remedies()}")
+
+    @property
+    def start(self) -> Model:
+        """The model that the run started from."""
+        params, _ = jtu.tree_map(lambda x: x[0], self.states)
+        return eqx.combine(params, self.model)
+
+    def scheduled(self, measurement, query, queries, kept, limits):
+        m = jax.eval_shape(lambda q: measurement(self.risk, self.model, q), query)
+        cost = cost_of(lambda q, _: self.prepare(measurement, q), query, query)
+        way = Alternative(
+            lambda *_: self, (Piece(("all parameters",), "backwards through the run", cost),)
+        )
+        kept = max(1, m.size) * kept
+        schedule = choose((way,), limits, queries, self.risk.n, kept, m.dtype)
+        if limits.chunk_size is not None:  # there are no chunks of training points: of queries, then
+            at_once = min(schedule.queries, even_length(queries, limits.chunk_size))
+            schedule = replace(schedule, queries=at_once)
+        return self, schedule
+
+    def prepare(self, measurement, query):
+        """All its scores: one pass backwards answers every training point."""
+        rows = jnp.atleast_2d(measurement.gradient(self.risk, self.model, query))
+        parts = self.trainer, self.risk, self.model, self.states, self.batches
+        return self.risk.n * jax.vmap(lambda row: pull(*parts, row))(rows)
+
+    def columns(self, prepared, indices):
+        return prepared if indices is None else prepared[:, indices]
+
+    def quadratic(self, prepared):
+        raise ValueError(_no_size("∇mᵀH⁻¹∇m"))
+
+    def own(self, measurement, *, power=1):
+        raise ValueError(_no_size("The influence of each training point on itself"))
+
+    def solve(self, vectors):
+        raise ValueError(_no_size("H⁻¹v"))
+
+    def check_displace(self):
+        raise ValueError(
+            "A Newton step without a point needs a curvature, and an unrolled response has none. Use "
+            '`removal(f, "first-order")`, or retrain with `leave_one_out(risk, model0, trainer)`; with '
+            "a curvature at the trained model: `influence(risk, f.model, GaussNewton())`."
+        )
+
+    def newton_steps(self, indices):
+        return self.check_displace()
+
+    def settle(self):
+        return self.check_displace()
+
+
+def _no_size(what: str) -> str:
+    return (
+        f"{what} is not defined for an unrolled response: it has no curvature, and its own sᵢ would "
+        "take a reverse run for each training point, and may be negative. Use "
+        "`relative(f, Reference(i))`, or a curvature at the trained model: "
+        "`influence(risk, f.model, GaussNewton())`."
+    )
