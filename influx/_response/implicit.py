@@ -90,7 +90,7 @@ def implicit_response(response: AbstractResponse, verb: str) -> Implicit:
     if not isinstance(response, Implicit):
         raise ValueError(
             f"`{verb}` needs a curvature, and this influence has none: use "
-            "`influence(risk, model, Hessian())`."
+            "`influence(risk, f.model, Hessian())`."
         )
     return response
 
