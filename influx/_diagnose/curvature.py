@@ -1,95 +1,31 @@
-"""Whether an influence computation can be trusted: measured findings, each with a remedy."""
+"""Whether an influence by a curvature can be trusted."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
-from ._curvature import AbstractFactored
-from ._curvature.iterative import Iterative
-from ._gradients import example_gradient, map_gradients, risk_gradient
-from ._influence import Influence
-from ._misc import ravel, require_concrete, take
-from ._response import implicit_response
-from ._solver.bounds import lanczos
+from .._curvature import AbstractFactored
+from .._curvature.iterative import Iterative
+from .._gradients import example_gradient, map_gradients, risk_gradient
+from .._influence import Influence
+from .._misc import ravel, take
+from .._response import implicit_response
+from .._solver.bounds import lanczos
+from .base import Finding, finding, judge
 
 # Solves of a curvature that is no matrix are dear: that many training points and directions are drawn.
 _DRAWN = 32
 
-VERDICT_ORDER = ("good", "warning", "bad")
 
-
-class Finding(eqx.Module):
-    """One measured property: its `name`, the `figure` as text, a `verdict` ("good", "warning" or
-    "bad"), what it `means`, and a `remedy` (empty where the verdict is good)."""
-
-    name: str
-    figure: str
-    verdict: str
-    means: str
-    remedy: str
-
-
-class Diagnosis(eqx.Module):
-    """The findings of `diagnose`. `str(diagnosis)` is a plain table; `diagnosis["spectrum"]` one of
-    them; `.verdict` the worst."""
-
-    findings: tuple[Finding, ...]
-
-    @property
-    def verdict(self) -> str:
-        return max((x.verdict for x in self.findings), key=VERDICT_ORDER.index)
-
-    def __getitem__(self, name: str) -> Finding:
-        for finding in self.findings:
-            if finding.name == name:
-                return finding
-        raise KeyError(f"No finding {name!r}; there are {[x.name for x in self.findings]}.")
-
-    def __str__(self) -> str:
-        rows = [f"{x.verdict:8} {x.name:20} {x.figure}\n{'':9}{x.means}" for x in self.findings]
-        remedies = [f"\n{'':9}→ {x.remedy}" if x.remedy else "" for x in self.findings]
-        return "\n".join(row + remedy for row, remedy in zip(rows, remedies))
-
-
-def diagnose(f: Influence) -> Diagnosis:
-    """Measure whether the numbers of `f` can be trusted.
-
-    | finding | figure | good when |
-    |---|---|---|
-    | `finite` | losses and gradients that are NaN or infinite | none |
-    | `stationarity` | ‖∇J(θ̂)‖ over rms‖gᵢ‖/n, the slope one point makes | < 0.01 |
-    | `spectrum` | extreme eigenvalues of H + λI, condition number κ | κ·u < 1e-8 |
-    | `effective dimension` | tr (H − l2)(H + λ)⁻¹: directions the data decide | ≥ 1 |
-    | `solve` | steps, relative residual ‖v − Hx‖/‖v‖, error of a score it implies | bound < 1e-3 |
-    | `precision` | worst relative asymmetry of uᵀH⁻¹v, measured | < 1e-3 |
-    | `self-influence` | largest wᵢsᵢ/n, the first-order rise of a point's own loss on removal | < 0.2 |
-    | `undefined` | training points of undefined relative influence | none |
-
-    u is the unit roundoff of the parameters' dtype. Measurement and effect of `f` play no part.
-
-    **The solve.** For x ≈ H⁻¹gⱼ with the residual ρⱼ = gⱼ − Hx a score is off by |gᵢᵀH⁻¹ρⱼ| ≤
-    √sᵢ ‖ρⱼ‖/√λ_min (P9 with x̃ = 0 on the other side), that is by ‖ρⱼ‖/√(λ_min sⱼ) of √(sᵢsⱼ); the
-    figure is the worst. It is proven where λ_min is an eigenvalue or a known lower end of the spectrum
-    (min l2 + λ of a positive semi-definite curvature), and called an estimate where λ_min is the least
-    Ritz value. For `CG` with a preconditioner the steps of one solve are counted without it as well, up
-    to ten times as many.
-
-    **Cost:** n solves, and for a dense curvature its eigenvalues, O(P³); for any other 32 points and 32
-    directions stand for all, and the figures say so. A preconditioner adds the plain solve, at most that
-    of ten others.
-    """
+def of_curvature(f: Influence) -> tuple[Finding, ...]:
+    """The findings of an implicit response."""
     response = implicit_response(f.response, "diagnose")
-    require_concrete("diagnose", f)
-    finite = _finite(f)
-    if finite.verdict == "bad":
-        return Diagnosis((finite,))
     state = _measure(f)
     low, high = _extremes(f, response.factored)
-    return Diagnosis((
-        finite,
+    return (
         _stationarity(state, f.risk.n),
         _spectrum(f, low, high),
         _dimension(f),
@@ -97,33 +33,6 @@ def diagnose(f: Influence) -> Diagnosis:
         _precision(state),
         _self_influence(state, f.risk.n),
         _undefined(f),
-    ))  # fmt: skip
-
-
-def _judge(value: float, warning: float, bad: float) -> str:
-    """ "good" below `warning`, "bad" from `bad` on, and for NaN."""
-    return "good" if value < warning else ("warning" if value < bad else "bad")
-
-
-def _finding(name, figure, verdict, means, remedy) -> Finding:
-    return Finding(name, figure, verdict, means, "" if verdict == "good" else remedy)
-
-
-@eqx.filter_jit
-def _is_finite(f: Influence) -> Bool[Array, " n"]:
-    norms = map_gradients(lambda _, g: jnp.linalg.norm(g), f.risk, f.model)
-    return jnp.isfinite(f.risk.losses(f.model)) & jnp.isfinite(norms)
-
-
-def _finite(f: Influence) -> Finding:
-    bad = np.flatnonzero(~np.asarray(_is_finite(f)))
-    return _finding(
-        "finite",
-        f"{bad.size} of {f.risk.n} examples",
-        "bad" if bad.size else "good",
-        "Examples whose loss or gradient at this model is NaN or infinite"
-        + (f", the first {bad[:5].tolist()}." if bad.size else ": none."),
-        "Look at those examples; a log(0), 0/0 or sqrt(0) in the loss needs a safe form.",
     )
 
 
@@ -196,10 +105,10 @@ def _lanczos(f: Influence, factored: AbstractFactored):
 
 def _stationarity(state: dict, n: int) -> Finding:
     ratio = float(state["gradient"] / (state["typical"] / n))
-    return _finding(
+    return finding(
         "stationarity",
         f"|grad J| = {float(state['gradient']):.2e}, {ratio:.1e} of one point's slope",
-        _judge(ratio, 0.01, 1.0),
+        judge(ratio, 0.01, 1.0),
         "Influence is the derivative at a minimum: what is left of training is compared with what "
         "removing one point does.",
         "Train further: `model = influx.fit(risk, model, influx.Newton())`, or "
@@ -212,10 +121,10 @@ def _spectrum(f: Influence, low: float, high: float) -> Finding:
     theta, _ = ravel(f.model)
     condition = high / low if low > 0 else np.inf
     loss = condition * float(jnp.finfo(theta.dtype).eps)
-    return _finding(
+    return finding(
         "spectrum",
         f"eigenvalues {low:.2e} … {high:.2e}, condition {condition:.1e}",
-        _judge(loss, 1e-8, 1e-3),
+        judge(loss, 1e-8, 1e-3),
         "Directions with a small eigenvalue multiply errors of gradients; not positive means no "
         "minimum.",
         "Raise l2 or damping, drop duplicate or constant features, or compute in float64.",
@@ -226,10 +135,10 @@ def _dimension(f: Influence) -> Finding:
     theta, _ = ravel(f.model)
     dimension, error = _effective_dimension(f)
     dimension, error = float(dimension), float(error)
-    return _finding(
+    return finding(
         "effective dimension",
         f"{dimension:.1f}{f' ± {error:.1f}' if error else ''} of {theta.size}",
-        _judge(-dimension, -1.0, -0.1),
+        judge(-dimension, -1.0, -0.1),
         "Directions whose size the data decide rather than l2 and damping. Near 0, influence is a "
         "gradient dot product in disguise.",
         "Lower l2, or the damping (which is added to a curvature that already contains l2).",
@@ -263,8 +172,8 @@ def _solve(f: Influence, state: dict, low: float) -> Finding:
     known = residuals / np.where(energy > 0, energy, 1)
     bound = float(np.max(np.where(energy > 0, known, np.where(norms > 0, np.inf, 0))))
     converged = bool(state["converged"])
-    verdict = _judge(bound, 1e-3, 0.1) if converged else "bad"
-    return _finding(
+    verdict = judge(bound, 1e-3, 0.1) if converged else "bad"
+    return finding(
         "solve",
         f"{_count(state)}relative residual {relative:.1e}, "
         f"score error {'at most' if proven else 'estimated at'} {bound:.1e} of √(sᵢsⱼ)",
@@ -299,10 +208,10 @@ def _count(state: dict) -> str:
 
 def _precision(state: dict) -> Finding:
     asymmetry = float(state["asymmetry"])
-    return _finding(
+    return finding(
         "precision",
         f"{asymmetry:.1e} asymmetry of u·H⁻¹v, in {state['self'].dtype}",
-        _judge(asymmetry, 1e-3, 0.05),
+        judge(asymmetry, 1e-3, 0.05),
         "H⁻¹ is symmetric; what is not, was lost to rounding or to the solver.",
         "Compute in float64 (`jax_enable_x64`), or raise l2 or damping.",
     )
@@ -311,7 +220,7 @@ def _precision(state: dict) -> Finding:
 def _self_influence(state: dict, n: int) -> Finding:
     rise = np.asarray(state["rise"])
     top, drawn = float(np.max(rise)), f" of {rise.size} drawn" if rise.size < n else ""
-    return _finding(
+    return finding(
         "self-influence",
         f"own loss rises by up to {top:.2f} on removal, "
         f"{int((rise > 0.2).sum())} points{drawn} above 0.2",
@@ -325,7 +234,7 @@ def _self_influence(state: dict, n: int) -> Finding:
 
 def _undefined(f: Influence) -> Finding:
     count = int(jnp.sum(f.undefined))
-    return _finding(
+    return finding(
         "undefined",
         f"{count} of {f.risk.n} points",
         "warning" if count else "good",

@@ -1,0 +1,2 @@
+from .base import Diagnosis as Diagnosis
+from .diagnose import diagnose as diagnose
