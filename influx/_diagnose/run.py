@@ -75,6 +75,7 @@ def _changes(f: Influence) -> tuple[Float[Array, "d h"], Float[Array, "d h"]]:
 def _erasure(weights: Float[Array, " n"], key) -> Float[Array, " n"]:
     """The change of the weights that erases a random twentieth of those above 0."""
     order = jnp.where(weights > 0, jr.uniform(key, weights.shape), jnp.inf)
-    count = jnp.maximum(1, jnp.round(_ERASED * jnp.sum(weights > 0)).astype(int))
+    present = jnp.sum(weights > 0, dtype=weights.dtype)
+    count = jnp.maximum(1, jnp.round(_ERASED * present).astype(int))
     rank = jnp.argsort(jnp.argsort(order))
     return jnp.where(rank < count, -weights, 0)
