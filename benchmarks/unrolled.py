@@ -7,9 +7,9 @@ in a way that is smooth in its data weights (GELU, batches of 250, step 0.02) an
 not (ReLU, batches of 64, step 0.05). Outcomes are the margins of 100 test points after training anew
 without a random 1, 5 or 20 % of the points, 40 such subsets each, from the same start and in the same
 order of batches. A row is the linear datamodeling score (LDS) of a method at the three
-sizes. "At weights 1 − share" is the derivative of the run in which every point has the weight that it has
-on average over the subsets; all else is at weights 1. Costs
-are of compiled calls, in training runs (a compiled `fit`), the median of five pairs timed in turn.
+sizes. "At weights 1 − share" is the derivative of the run in which every point has the weight that it
+has on average over the subsets; all else is at weights 1. Costs are of compiled calls, in training runs
+(a compiled `fit`), the median of five pairs timed in turn.
 """
 
 import argparse
