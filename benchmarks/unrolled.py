@@ -9,7 +9,7 @@ without a random 1, 5 or 20 % of the points, 40 such subsets each, from the same
 order of batches. A row is the linear datamodeling score (LDS) of a method at the three
 sizes. "At weights 1 − share" is the derivative of the run in which every point has the weight that it
 has on average over the subsets; all else is at weights 1. Costs are of compiled calls, in training runs
-(a compiled `fit`), the median of five pairs timed in turn. It takes some 25 minutes on a core.
+(a compiled `fit`), the median of five pairs timed in turn.
 """
 
 import argparse
