@@ -3,7 +3,7 @@
     python -m benchmarks._influx_kronecker IN.npz OUT.npz --task mlp --tolerance 0.05
 
 IN and OUT are those of `benchmarks._kronfluence`. A round fits, scores all pairs and asks for
-self-influence; every round after the first has its rows in a new order, so that nothing can be looked up.
+self-influence; every round after the first has its rows in a new order: nothing can be looked up.
 """
 
 import argparse

@@ -20,7 +20,6 @@ import time
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from rich.console import Console
@@ -80,7 +79,9 @@ def passes(console: Console) -> None:
     f = ix.influence(risk, model, ix.EKFAC(damping=1e-3))
     query = jax.tree_util.tree_map(lambda x: x[:1], TASKS["mlp"].data()[1])
     scored, one = least(lambda: f(query), forward)
-    table.add_row("one query, all points", f"{1e3 * scored:.0f}", "", f"{scored / one:.2f}", "forward")
+    table.add_row(
+        "one query, all points", f"{1e3 * scored:.0f}", "", f"{scored / one:.2f}", "forward"
+    )
     console.print(table)
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan            # the MLP of benchmarks.kronecker, 1,000 queries x 4,000 points
 
-Prints seconds against predicted work, compiled temporaries against the estimate, forward mode against its
-alternative for 1 to 256 queries, and a query by forward mode in passes forward.
+Prints seconds against predicted work, compiled temporaries against the estimate, forward mode against
+its alternative for 1 to 256 queries, and a query by forward mode in passes forward.
 """
 
 import time
@@ -53,8 +53,9 @@ def whole(name: str, f, queries) -> None:
     work = plan.flops + 27 * plan.bytes
     print(f"\n{name}\n{plan}")
     print(
-        f"{took:.2f} s, {plan.flops / took / 1e9:.0f} Gflop/s ({work / took / 1e9:.0f} with bytes); temporaries "
-        f"{compiled_bytes(f, queries) / 1e6:.0f} MB, predicted {plan.peak_bytes / 1e6:.0f} MB",
+        f"{took:.2f} s, {plan.flops / took / 1e9:.0f} Gflop/s ({work / took / 1e9:.0f} with bytes); "
+        f"temporaries {compiled_bytes(f, queries) / 1e6:.0f} MB, "
+        f"predicted {plan.peak_bytes / 1e6:.0f} MB",
         flush=True,
     )
 
@@ -87,8 +88,8 @@ def crossover(name: str, f, queries) -> None:
         taken = "forward" if any(r.way == "forward mode" for r in schedule.rows) else "other"
         ratio = times[0] / times[1]
         print(
-            f"{count:4} queries: {times[0]:8.1f} {times[1]:8.1f}  ratio {ratio:5.2f}, predicted {a / b:5.2f}; "
-            f"taken: {taken}",
+            f"{count:4} queries: {times[0]:8.1f} {times[1]:8.1f}  ratio {ratio:5.2f}, predicted "
+            f"{a / b:5.2f}; taken: {taken}",
             flush=True,
         )
 

@@ -1,7 +1,5 @@
 """Influence = risk × response × measurement × scale × effect: the module that transforms rewrite."""
 
-from dataclasses import replace
-
 import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PyTree

@@ -52,7 +52,7 @@ class Plan(eqx.Module):
         return "\n".join((
             *map(line, self.rows),
             line(total),
-            f"{m:,} queries, {chunks[0]:,} at a time; {n:,} training points, {chunks[1]:,} at a time",
+            f"queries {m:,}, {chunks[0]:,} at a time; training points {n:,}, {chunks[1]:,} at a time",
             f"temporaries about {si(self.peak_bytes).strip()}B of {si(self.memory).strip()}B, "
             f"scores {si(self.score_bytes).strip()}B",
         ))  # fmt: skip
@@ -60,12 +60,10 @@ class Plan(eqx.Module):
 
 def si(value: float) -> str:
     """Three digits and a prefix: 12_345 is "12.3 k"."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(value) < 999.5:
-            break
-        value /= 1000
-    digits = 0 if value >= 99.95 or not prefix else (1 if value >= 9.995 else 2)
-    return f"{value:5.{digits}f} {prefix or ' '}"
+    power = sum(value >= 999.5 * 1000**i for i in range(5))
+    value /= 1000**power
+    digits = 0 if value >= 99.95 or not power else (1 if value >= 9.995 else 2)
+    return f"{value:5.{digits}f} {' kMGTP'[power]}"
 
 
 def _names(paths: tuple[str, ...]) -> str:
@@ -82,8 +80,8 @@ def plan(f: Influence, queries: PyTree[Array]) -> Plan:
 
     | way | is |
     |---|---|
-    | `rank one, ρ terms` | products of small matrices, for layers applied once an example (`tolerance`) |
-    | `dense per layer, by factors` | H⁻¹∇m of a layer as a matrix, times output gradients and activations |
+    | `rank one, ρ terms` | products of small matrices: layers applied once an example, `tolerance` |
+    | `dense per layer, by factors` | a layer's H⁻¹∇m as a matrix, times output gradients, activations |
     | `dense per layer, by gradients` | the same, times each training point's gradient, formed |
     | `… in its eigenbasis` | training points are rotated, so that queries need not be rotated back |
     | `per-example gradients` | ∇ℓᵢ of all parameters, times H⁻¹∇m: any curvature |
@@ -92,8 +90,8 @@ def plan(f: Influence, queries: PyTree[Array]) -> Plan:
     | `one Newton step a point, …` | `removal(f, "newton")`, without the solves inside it |
 
     The engine calls the same function, so that it does what the plan says. Ways give the same scores,
-    to rounding; the cheapest is taken by flops + 27 × bytes, 27 being the flops that two cores make in the
-    time of one byte to or from memory.
+    to rounding; the cheapest is taken by flops + 27 × bytes, 27 being the flops that two cores make in
+    the time of one byte to or from memory.
 
     **Arguments:** `queries` as for `f(queries)`.
 

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import influx as ix
-from influx import _engine as engine
-from influx._engine import cost_of, layered
+from influx._engine import cost_of, gradients, layered
 from influx._influence import _scores
 from influx._misc import even_length
 from tests import helpers
@@ -84,11 +83,14 @@ def test_the_engine_does_what_the_plan_says(name, rows, chunk_size, monkeypatch)
             return products(self, block, rows)
 
         monkeypatch.setattr(cls, "products", spied)
-    for module in (engine.gradients, layered):
-        whole = engine.gradients.forward_columns
-        monkeypatch.setattr(
-            module, "forward_columns", lambda *a: (done.add("forward"), whole(*a))[1], raising=False
-        )
+    whole = gradients.forward_columns
+
+    def forward(*parts):
+        done.add("forward")
+        return whole(*parts)
+
+    for module in (gradients, layered):
+        monkeypatch.setattr(module, "forward_columns", forward)
     counts = loops(f, queries)
     said = set()
     for row in planned.rows:
@@ -132,20 +134,16 @@ def test_a_memory_limit_is_kept_and_changes_no_score(name):
 
 @settings(max_examples=6)
 @given(
-    chunk_size=st.sampled_from([None, 1, 7, 300]),
-    memory=st.sampled_from([10**6, 10**7, 10**9]),
+    chunk_size=st.sampled_from([None, 7, 50]),
+    memory=st.sampled_from([None, 10**7, 10**9]),
     name=st.sampled_from(["EKFAC", "EKFAC, terms", "Identity"]),
     rows=st.sampled_from([1, 60]),
 )
 def test_scores_depend_neither_on_limits_nor_on_the_other_queries(chunk_size, memory, name, rows):
     risk, model, queries = wide_problem()
     want = handle(name)(queries)[:rows]
-    try:
-        f = ix.influence(risk, model, CURVATURES[name], chunk_size=chunk_size, memory=memory)
-        got = f(take(queries, rows))
-    except ValueError as error:
-        assert "do not hold" in str(error)
-        return
+    f = ix.influence(risk, model, CURVATURES[name], chunk_size=chunk_size, memory=memory)
+    got = f(take(queries, rows))
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12 * float(abs(want).max()))
 
 

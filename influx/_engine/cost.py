@@ -16,8 +16,11 @@ BALANCE = 27.0
 
 # `vprim` is a solve of lineax.
 _FREE = frozenset(
-    "broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice expand_dims "
-    "gather iota pad reshape rev scatter select_n slice split squeeze stop_gradient transpose vprim".split()
+    (
+        "broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice "
+        "expand_dims gather iota pad reshape rev scatter select_n slice split squeeze stop_gradient "
+        "transpose vprim"
+    ).split()
 )
 _STORED = frozenset(("dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add"))
 

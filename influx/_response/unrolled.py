@@ -106,7 +106,7 @@ class TrainingRun(AbstractResponse):
         )
         kept = max(1, m.size) * kept
         schedule = choose((way,), limits, queries, self.risk.n, kept, m.dtype)
-        if limits.chunk_size is not None:  # there are no chunks of training points: of queries, then
+        if limits.chunk_size is not None:  # of queries: training points are never in chunks here
             at_once = min(schedule.queries, even_length(queries, limits.chunk_size))
             schedule = replace(schedule, queries=at_once)
         return self, schedule
