@@ -38,7 +38,7 @@ QUICK = 400, 100
 
 
 def save(task: str, folder: Path, rows: tuple[int | None, int | None] = (None, None)) -> Path:
-    """Train the task's model; its weights and logits, and the first rows of data and queries, as a file."""
+    """Train the task; its weights and logits, and the first rows of data and queries, as a file."""
     chosen = TASKS[task]
     model = chosen.fitted(chosen.risk(), 0)
     n, m = rows
