@@ -57,19 +57,19 @@ class Cost(NamedTuple):
         return Cost(*(a.plus(b) for a, b in zip(self, other)))
 
 
-def cost_of(fn: Callable, query: PyTree, point: PyTree) -> Cost:
-    """The cost of `jax.vmap` of fn(query, point) over queries and points, from one of each.
+def cost_of(fn: Callable, query: PyTree, point: PyTree, *fixed: PyTree) -> Cost:
+    """The cost of `jax.vmap` of fn(query, point, *fixed) over queries and points, from one of each.
 
     Every value of the program belongs to what it depends on, as under `jax.vmap`: what depends on the
-    point alone is computed once a point, whatever the queries. `query` and `point` are pytrees of
+    point alone is computed once a point, whatever the queries. All arguments are pytrees of
     arrays or of their shapes; nothing is run. A loop of unknown length counts as one step, and what
     lineax solves, whose inside no program shows, as nothing.
     """
     struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    query, point = jax.tree_util.tree_map(struct, (query, point))
-    closed = jax.make_jaxpr(fn)(query, point)
-    counts = [len(jax.tree_util.tree_leaves(tree)) for tree in (query, point)]
-    labels = [_QUERY] * counts[0] + [_POINT] * counts[1]
+    parts = jax.tree_util.tree_map(struct, (query, point, *fixed))
+    closed = jax.make_jaxpr(fn)(*parts)
+    q, p, rest = (len(jax.tree_util.tree_leaves(tree)) for tree in (*parts[:2], parts[2:]))
+    labels = [_QUERY] * q + [_POINT] * p + [0] * rest
     return _read(closed.jaxpr, labels)[0]
 
 

@@ -116,11 +116,8 @@ class Layered(AbstractScoring):
         m, z = jax.eval_shape(of_query, query), jax.eval_shape(of_loss, one)
         both = cost_of(lambda q, z: (of_query(q), of_loss(z)), query, one)
         passes = Piece(("all layers",), "activations and output gradients", both)
-        known: dict = {}  # layers alike cost alike
-        choices = tuple(
-            _choices(block, *rows, known)
-            for block, rows in zip(_kronecker(response).blocks, zip(m, z))
-        )
+        blocks = _kronecker(response).blocks
+        choices = tuple(_choices(block, *rows) for block, rows in zip(blocks, zip(m, z)))
         return (
             Alternative(self.settled, (passes,), choices),
             Alternative(self.settled, (), self._forward(response, measurement, query, m)),
@@ -194,25 +191,33 @@ def _ways(block: EigenBlock, rows: Rows) -> list[str]:
     return list(_DENSE)
 
 
-def _choices(block: EigenBlock, m: Rows, g: Rows, known: dict) -> tuple[Piece, ...]:
+def _choices(block: EigenBlock, m: Rows, g: Rows) -> tuple[Piece, ...]:
     """The pieces that a layer may be scored by, m being a query's rows and g a training point's."""
-    arrays = jtu.tree_leaves(eqx.filter(block, eqx.is_array))
     layer = block.layer
-    key = layer.shape, layer.dense, *((x.shape, x.dtype) for x in (*arrays, *m, *g))
-    if key not in known:
-        known[key] = [(way, *_cost(block, m, g, way)) for way in _ways(block, m)]
-    return tuple(Piece(layer.paths, *found) for found in known[key])
+    nameless = replace(block, layer=Layer((), (), layer.shape, "", layer.dense))
+    return tuple(
+        Piece(layer.paths, way, *_cost(way, *_shapes((nameless, m, g)))) for way in _ways(block, m)
+    )
 
 
-def _cost(block: EigenBlock, m: Rows, g: Rows, way: str) -> tuple[Cost, float]:
+def _shapes(tree):
+    """What `_cost` may depend on: layers alike cost alike."""
+    leaves, structure = jtu.tree_flatten(tree)
+    return structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cost(way: str, structure, structs) -> tuple[Cost, float]:
     """What a layer's scores cost, and the bytes that a query keeps for them."""
-    ready = lambda rows: _prepared(block, rows, way)
-    held = sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(jax.eval_shape(ready, m)))
+    block, m, g = jtu.tree_unflatten(structure, structs)
 
-    def score(m, g):
-        return ready(m).products(block, jtu.tree_map(lambda x: x[None], g))
+    def score(m, g, block):
+        ready = _prepared(block, m, way)
+        return ready.products(block, jtu.tree_map(lambda x: x[None], g))
 
-    return cost_of(score, m, g), held
+    ready = jax.eval_shape(lambda m, block: _prepared(block, m, way), m, block)
+    held = sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(ready))
+    return cost_of(score, m, g, block), held
 
 
 def _kronecker(response) -> Kronecker:
