@@ -118,7 +118,7 @@ def main(console: Console) -> None:
     risk, model, queries = fitted("mlp", jnp.float32)
     table = table_of("MNIST-5k, 235,146 parameters, l2 = 1e-3, float32, rtol 1e-4")
     for damping in (1e-3, 1e-4):
-        rows(table, risk, model, few(queries, 2), damping, 1e-4, (100,))
+        rows(table, risk, model, few(queries, 1), damping, 1e-4, (100,))
     console.print(table)
 
     jax.config.update("jax_enable_x64", True)

@@ -79,7 +79,7 @@ class AbstractFactored(eqx.Module):
             ~converged,
             "A linear solve with the curvature did not converge. Use more `damping=`, float64 "
             "(float32 keeps 7 digits, which an ill-conditioned curvature uses up), more steps "
-            "(`max_steps=`), a looser `rtol=`, CG with `preconditioner=EKFAC()`, or a direct solve.",
+            "(`max_steps=`), a looser `rtol=`, a `preconditioner=`, or a direct solve (without CG).",
         )
 
 

@@ -181,8 +181,8 @@ def _solve(f: Influence, state: dict, low: float) -> Finding:
         "How well the linear solves were done" + (
             ": every one met its tolerance." if converged else ": some did NOT converge."
         ),
-        "Allow more steps (`max_steps=`) or a smaller `rtol=`, give CG a `preconditioner=EKFAC()`, "
-        "raise the damping, or solve directly.",
+        "Allow more steps (`max_steps=`) or a smaller `rtol=`, give CG a `preconditioner=`, raise the "
+        "damping, or solve directly.",
     )  # fmt: skip
 
 
