@@ -83,8 +83,9 @@ def influence(
 
     - `risk`, `model`: what was trained, and its minimiser θ̂. The model is not retrained; whether it
       is at a minimum, `diagnose` says. With `Unrolled(trainer)`: the model that training starts from.
-    - `curvature`: `Hessian`, `GaussNewton`, `Fisher`, `BlockDiagonal`, `Diagonal`, `Identity`, or a
-      solver around one (`CG`, `MINRES`). Formed and factored here, once. `Unrolled(trainer)` has none:
+    - `curvature`: `Hessian`, `GaussNewton`, `Fisher`, `KFAC`, `EKFAC`, `BlockDiagonal`, `Mixture`,
+      `Diagonal`, `Identity`, or one behind its products (`CG`, `MINRES`, `Neumann`, `Arnoldi`,
+      `Nystrom`, `Projected`). Formed and factored here, once. `Unrolled(trainer)` has none:
       it trains, here and once, and differentiates that run.
     - `chunk_size`: training points at a time (`Unrolled`: queries); by default what fits `memory`.
     - `memory`: bytes that the temporaries of scoring may take, beside the scores themselves; by default
@@ -94,7 +95,8 @@ def influence(
     **Raises:** `ValueError` where risk and model do not fit (see `EmpiricalRisk`), or the curvature is
     indefinite or singular; on a call, where `memory` does not hold one query's share of the work.
 
-    **Cost:** that of the curvature, once; then, per call, m solves and one pass over the training data.
+    **Cost:** that of the curvature, once; then, per call, m solves and one pass over the training data;
+    with a `tolerance`, `KFAC` and `EKFAC` take products of small matrices in place of solves.
 
     **Source:** Koh & Liang, "Understanding Black-box Predictions via Influence Functions",
     arXiv:1703.04730 (their I_up,loss); Kounavis, Dia & Ramazanli, arXiv:2305.16094.

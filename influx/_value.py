@@ -50,7 +50,7 @@ def value(f: Influence, heldout: PyTree[Array]) -> Value:
     **Raises:** `ValueError` for held-out data that do not look like the training data, fewer than two
     of them, or an `f` under a transform (a value is of single points, and plain).
 
-    **Cost:** |V| solves, and a pass over the training data per block of queries that fits 256 MiB.
+    **Cost:** |V| solves, and a pass over the training data per block of queries that fits `memory`.
 
     **Source:** Kounavis, Dia & Ramazanli, arXiv:2305.16094 (sign of influence); Koh & Liang,
     arXiv:1703.04730.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import influx as ix
 from influx._curvature.cg import factor_preconditioner
-from influx._diagnose import _lower_end
+from influx._diagnose.curvature import known_lower_end
 from influx._misc import ravel
 from influx.extend import AbstractCurvature, Factored
 from proofs_checks import _oracle as oracle
@@ -177,7 +177,7 @@ def test_a_spectrum_of_unknown_end_gives_an_estimate():
     least = float(jnp.min(risk.l2_vector(model))) + LAMBDA
     for curvature, end in ((GN, (least, True)), (ix.Hessian(damping=LAMBDA), (0.5, False))):
         f = ix.influence(risk, model, ix.CG(curvature, preconditioner=ix.EKFAC()))
-        assert _lower_end(f, 0.5) == pytest.approx(end)
+        assert known_lower_end(f, 0.5) == pytest.approx(end)
 
 
 # --- Refusals ---------------------------------------------------------------------------------------

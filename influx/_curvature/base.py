@@ -107,7 +107,9 @@ class Factored(AbstractFactored):
     @property
     def solve_flops(self):
         P = self.operator.in_size()
-        return 1.0 * P if isinstance(self.operator, lx.DiagonalLinearOperator) else 2.0 * P**2
+        if isinstance(self.operator, lx.DiagonalLinearOperator):
+            return 1.0 * P
+        return None if self.matrix is None else 2.0 * P**2
 
     def try_solve(self, v):
         with jax.default_matmul_precision("highest"):

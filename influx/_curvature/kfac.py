@@ -16,7 +16,7 @@ from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, is_co
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows, Rules, Uncovered, Watched, checked_rules, ruled
 from .auto_damping import auto_damping
-from .base import AbstractCurvature
+from .base import AbstractCurvature, least_penalty
 from .fisher import Fisher
 from .kronecker import EigenBlock, Kronecker
 from .low_rank import low_rank
@@ -89,7 +89,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
         return _kronecker(model, blocks, self.rules)
 
     def lower_end(self, risk, model):
-        return float(jnp.min(risk.l2_vector(model)))
+        return least_penalty(risk, model, 0.0 if self.damping is None else self.damping)
 
     def newton_steps(self, risk, model, factored, jacobian):
         return None

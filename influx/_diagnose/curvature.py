@@ -167,7 +167,7 @@ def _solve(f: Influence, state: dict, low: float) -> Finding:
     s, residuals, norms = (np.asarray(state[k]) for k in ("self", "residuals", "norms"))
     relative = float(np.max(np.where(norms > 0, residuals / np.where(norms > 0, norms, 1), 0)))
     relative = max(relative, float(state["probe"]))
-    end, proven = _lower_end(f, low)
+    end, proven = known_lower_end(f, low)
     energy = np.sqrt(np.maximum(max(end, 0.0) * s, 0))  # 0 where no bound is known, or g is 0
     known = residuals / np.where(energy > 0, energy, 1)
     bound = float(np.max(np.where(energy > 0, known, np.where(norms > 0, np.inf, 0))))
@@ -186,7 +186,7 @@ def _solve(f: Influence, state: dict, low: float) -> Finding:
     )  # fmt: skip
 
 
-def _lower_end(f: Influence, low: float) -> tuple[float, bool]:
+def known_lower_end(f: Influence, low: float) -> tuple[float, bool]:
     """A number below the spectrum of H + λI, and whether it is known to be: `low` is the least
     eigenvalue of a matrix, or the least Ritz value of any other."""
     response = implicit_response(f.response, "diagnose")

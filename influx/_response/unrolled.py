@@ -44,7 +44,7 @@ class Unrolled(eqx.Module):
 
     **Cost:** the run, once, at `influence`; then per chunk of queries (or components of a
     vector measurement) a second run and as many Hessian products as it has steps, each for all: about
-    2.5 runs for a single query. It keeps 2√T states of the T steps, and the order of the data.
+    2.6 runs for a single query. It keeps 2√T states of the T steps, and the order of the data.
 
     **Raises:** `ValueError` for a trainer that is no `SGD`; `RuntimeError` where the run diverges.
 
