@@ -1,12 +1,13 @@
 """K-FAC and EK-FAC of influx beside kronfluence 1.0.1: time, memory and agreement, in one run.
 
-    python -m benchmarks.kronecker [mlp cnn transformer] [--quick] [--folder KEPT]
+    python -m benchmarks.kronecker [mlp cnn transformer] [--rows 4000 1000] [--folder KEPT]
 
-MNIST-5k, 4,000 training points and 1,000 queries (400 and 100 with `--quick`), float32, the tasks of
+MNIST-5k, 4,000 training points and 1,000 queries (`--rows` takes fewer), float32, the tasks of
 `benchmarks._tasks`. Both sides get the same weights and data, each setting in a process of its own, one
 after the other. "Cold" is a whole process from its start to the first answers, imports and compilation
 included; the other times are of a second round in that process, its rows in a new order. kronfluence
-samples one label a point for its Fisher; influx sums over all ten.
+samples one label a point for its Fisher; influx sums over all ten in the task "mlp", and samples one too
+in the others.
 """
 
 import argparse
@@ -34,7 +35,7 @@ BATCHES = {
 }
 TOLERANCE = "0.05"
 DAMPINGS = ("1e-3", "1e-5")
-QUICK = 400, 100
+FISHER = {"mlp": "exact", "cnn": "sampled", "transformer": "sampled"}
 
 
 def save(task: str, folder: Path, rows: tuple[int | None, int | None] = (None, None)) -> Path:
@@ -86,10 +87,10 @@ def closeness(got, want) -> list[str]:
 
 def costs(console: Console, source: Path) -> dict:
     """The table of times and memory; influx's answers by tolerance."""
-    rounds = ("--rounds", "2")
+    rounds, fisher = ("--rounds", "2"), ("--fisher", FISHER[source.stem])
     peer = cost(run("_kronfluence", source, *BATCHES[source.stem], *rounds))
     answers = {
-        tolerance: run("_influx_kronecker", source, "--tolerance", tolerance, *rounds)
+        tolerance: run("_influx_kronecker", source, *fisher, "--tolerance", tolerance, *rounds)
         for tolerance in (TOLERANCE, "0")
     }
     table = Table(title=f"{source.stem}: EK-FAC, seconds warm, seconds cold, MB")
@@ -98,7 +99,7 @@ def costs(console: Console, source: Path) -> dict:
     shown = lambda values: [*(f"{x:.2f}" for x in values[:-1]), f"{values[-1]:.0f}"]
     table.add_row("kronfluence, sampled Fisher", *shown(peer))
     for tolerance, answer in answers.items():
-        table.add_row(f"influx, exact Fisher, tolerance {tolerance}", *shown(cost(answer)))
+        table.add_row(f"influx, {fisher[1]} Fisher, tolerance {tolerance}", *shown(cost(answer)))
         ratios = [f"{a / b:.1f} ×" for a, b in zip(peer, cost(answer))]
         table.add_row("  kronfluence / influx", *ratios)
     console.print(table)
@@ -112,7 +113,8 @@ def agreements(console: Console, source: Path, answers: dict) -> None:
         table.add_column(column)
     exact = answers["0"]["scores"]
     table.add_row(f"tolerance {TOLERANCE}, and 0", *closeness(answers[TOLERANCE]["scores"], exact))
-    double = run("_influx_kronecker", source, "--double", "--no-self")
+    fisher = "--fisher", FISHER[source.stem]
+    double = run("_influx_kronecker", source, *fisher, "--double", "--no-self")
     table.add_row("float32, and float64", *closeness(exact, double["scores"]))
     # K-FAC where a layer's weights are used in one place: elsewhere the two scale it differently.
     for strategy in ("kfac", "ekfac") if source.stem == "mlp" else ("ekfac",):
@@ -136,7 +138,7 @@ def agreements(console: Console, source: Path, answers: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("tasks", nargs="*", default=["mlp", "cnn", "transformer"])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rows", type=int, nargs=2, default=(None, None))
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     console = Console(width=120)
@@ -145,7 +147,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for task in options.tasks:
-            source = save(task, folder, QUICK if options.quick else (None, None))
+            source = save(task, folder, options.rows)
             agreements(console, source, costs(console, source))
     console.print(f"Load {os.getloadavg()[0]:.1f} at the end.")
 
