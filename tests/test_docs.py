@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 API = (ROOT / "docs" / "api.md").read_text()
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"[-−]?\d+(?:\.\d+)?(?:e[-+]\d+)?")
-CONSTANTS = {"LABELS", "VERDICTS"}  # tuples carry no docstring
+CONSTANTS = {"LABELS", "REASONS", "VERDICTS"}  # tuples carry no docstring
 
 
 def public(module: ModuleType) -> list[str]:

@@ -1,0 +1,151 @@
+"""Which labels are wrong: what the others say against what is given."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._custom_types import Model
+from .._jacobian import is_affine
+from .._measurement import Margin
+from .._misc import require_concrete
+from .._risk import EmpiricalRisk
+from .._validate import class_logits_shape, require_labels, validate
+from .evidence import by_features, by_model
+
+REASONS = ("agrees with the others", "memorized", "not fitted")
+
+
+class Mislabelled(eqx.Module):
+    """What `find_mislabelled` found, per training point. `str(found)` is a table of the ten most suspect
+    labels, `found.table(k)` of the k most suspect.
+
+    - `score`: −`margin_without`; higher is more suspect, above 0 the others give another class
+    - `given`, `suggested`: the label as it is, and the class that the others give the point
+    - `margin_without`: the given class's margin by the others alone
+    - `margin`: γᵢ(θ̂), the log-odds of the given label under the model as it was passed
+    - `reason`: 0 agrees with the others; 1 memorized: contradicted, yet the model has learned it;
+      2 not fitted: contradicted, and the model has not (`influx.REASONS` names them)
+    """
+
+    score: Float[Array, " n"]
+    given: Int[Array, " n"]
+    suggested: Int[Array, " n"]
+    margin_without: Float[Array, " n"]
+    margin: Float[Array, " n"]
+    reason: Int[Array, " n"]
+
+    def table(self, k: int = 10) -> str:
+        """The k most suspect labels, most suspect first."""
+        if k != int(k) or k < 1:
+            raise ValueError(f"`k` counts rows and must be a whole number ≥ 1, got {k!r}.")
+        rows = [f"{'index':>8} {'given':>6} {'suggested':>10} {'score':>9}  reason"]
+        for i in np.argsort(-np.asarray(self.score), kind="stable")[:k]:
+            labels = f"{int(self.given[i]):>6} {int(self.suggested[i]):>10}"
+            reason = REASONS[int(self.reason[i])]
+            rows.append(f"{i:>8} {labels} {float(self.score[i]):>9.3f}  {reason}")
+        return "\n".join(rows)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def find_mislabelled(
+    risk: EmpiricalRisk, model: Model, *, evidence: Literal["model", "features"] | None = None
+) -> Mislabelled:
+    r"""Rank training points by how much the other points contradict their label.
+
+    ```python
+    found = influx.find_mislabelled(risk, model)
+    print(found.table(20))                    # what to look at; nothing is deleted for you
+    suspects = jnp.argsort(-found.score)
+    ```
+
+    Where labels are replaced at random, the chance that one is wrong falls with the probability that the
+    other points give it. A point's own training hides that probability, and so do other wrong labels;
+    the rule takes both away. It needs neither held-out data nor the retraining of a network.
+
+    **Arguments:** `evidence`: what asks the others.
+
+    - `"model"`, the default where the outputs are affine in the parameters. Margins without the point,
+      γᵢ(θ̂₋ᵢ), by one Newton step (P10). Four rounds: the model is refitted with data weights
+      wᵢP(label i is right), where
+
+          P(right) = σ(γᵢ(θ̂₋ᵢ) + log((1 − ε)(C − 1)/ε)),
+
+      the posterior if a share ε of labels is any other class, ε the maximum-likelihood share.
+    - `"features"`, the default for every other model. A trained network has bent its features towards
+      wrong labels, and its last layer, however well it removes a point, believes them. So indicators of
+      the labels are regressed on the inputs a of *all* its linear layers, in which the first are
+      hardly bent and a strong ridge leaves only what many points share:
+
+          K = 1 + mean over layers of ⟨aᵢ, aⱼ⟩ (centred, of mean square 1),    ridge = Σw/100.
+
+      By P12 that is the part of influence which does not read labels: feature similarity. Removal is
+      exact: (ŷᵢ − hᵢyᵢ)/(1 − hᵢ), h the leverage. The margin is ŷ of the given class less the largest
+      other. Four rounds: each leaves out the points whose margin was below −0.2 in the one before.
+
+    Pass the whole network, not its restricted head: a head is affine in its parameters, and its evidence
+    would be its own.
+
+    **Sign and unit.** Higher is more suspect; 0 is where the others prefer another class. Log-odds for
+    `"model"`, differences of regressed indicators for `"features"`.
+
+    **Raises:** `ValueError` for a loss without classes, `evidence="model"` where outputs are not affine,
+    `evidence="features"` where no layer is linear in a parameter; what `influence` raises for a Hessian
+    that is singular (give `l2` > 0).
+
+    **Cost:** `"model"`: four trainings by Newton, n Newton steps each. `"features"`: O(n²d + n³), d the
+    number of the layers' inputs, and a few arrays of n² numbers.
+
+    **Source:** the rule is this project's own. Posterior weights: Dempster, Laird & Rubin, "Maximum
+    Likelihood from Incomplete Data via the EM Algorithm" (1977). Leaving suspects out: Northcutt, Jiang
+    & Chuang, "Confident Learning", arXiv:1911.00068, which retrains folds instead.
+    """
+    require_concrete("find_mislabelled", risk, model)
+    validate(risk, model)
+    classes = _classes(risk, model)
+    labels = risk.data[1].reshape(-1).astype(int)
+    if _by_model(risk, model, evidence):
+        found = by_model(risk, model, labels)
+    else:
+        found = by_features(risk, model, labels, classes)
+    margin = _margins(risk, model)
+    reason = jnp.where(found.margin > 0, 0, jnp.where(margin > 0, 1, 2))
+    suggested = jnp.argmax(found.scores, axis=1)
+    return Mislabelled(-found.margin, labels, suggested, found.margin, margin, reason)
+
+
+def _classes(risk: EmpiricalRisk, model: Model) -> int:
+    try:
+        classes = class_logits_shape(risk, model).shape[0]
+    except ValueError as error:
+        raise ValueError(
+            "`find_mislabelled` asks which class the others give a point, and this loss knows of none: "
+            f"{error} For targets that are numbers rank by `influx.self_influence(f)`, ascending, or by "
+            "`influx.value(f, heldout).value`, ascending."
+        ) from error
+    require_labels(risk)
+    if classes < 2:
+        raise ValueError("`find_mislabelled` needs at least two classes, the model has one output.")
+    return classes
+
+
+def _by_model(risk: EmpiricalRisk, model: Model, evidence: str | None) -> bool:
+    if evidence not in (None, "model", "features"):
+        raise ValueError(f'`evidence` must be "model", "features" or None, got {evidence!r}.')
+    affine = is_affine(risk, model)
+    if evidence == "model" and not affine:
+        raise ValueError(
+            '`evidence="model"` refits the model without suspects by Newton, and its outputs are not '
+            'affine in its parameters. Use `evidence="features"`, the default for such models.'
+        )
+    return affine if evidence is None else evidence == "model"
+
+
+@eqx.filter_jit
+def _margins(risk: EmpiricalRisk, model: Model) -> Float[Array, " n"]:
+    return jax.vmap(lambda z: Margin()(risk, model, z))(risk.data)
