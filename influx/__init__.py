@@ -34,10 +34,10 @@ from ._memorization import Memorization as Memorization
 from ._memorization import memorization as memorization
 from ._plan import Plan as Plan
 from ._plan import plan as plan
-from ._response import Unrolled as Unrolled
 from ._removal import REASONS as REASONS
 from ._removal import Mislabelled as Mislabelled
 from ._removal import find_mislabelled as find_mislabelled
+from ._response import Unrolled as Unrolled
 from ._restriction import restrict as restrict
 from ._restriction_bound import RestrictionBound as RestrictionBound
 from ._restriction_bound import restriction_bound as restriction_bound
