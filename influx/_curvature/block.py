@@ -68,8 +68,8 @@ class Mixture(AbstractCurvature):
     ```
 
     Each part's curvature is that of the risk restricted to it (P9a), with its own damping. What is
-    exact in a part stays exact there; what couples parts is dropped. Scores are taken from solves, so that
-    the `tolerance` of a Kronecker-factored part saves nothing here.
+    exact in a part stays exact there; what couples parts is dropped. Scores are taken from solves, so
+    that the `tolerance` of a Kronecker-factored part saves nothing here.
 
     **Arguments:** `parts`: {where: curvature}, `where` selecting a part of the model as in
     `equinox.tree_at`; `rest`: the curvature of all other parameters.
