@@ -93,6 +93,11 @@ KRONECKER, EXACT, ONE_HOT = "Kronecker", "exact", "Kronecker, one-hot input"
 # model, input, and the treatment of each of its layers
 PROGRAMS = {
     "MLP": (eqx.nn.MLP(3, 2, 5, 2, key=KEY), normal(3), [KRONECKER] * 3),
+    "a bias in one use of two": (
+        Uses(linear(), lambda p, x: (lambda z: jnp.tanh(z + p.bias) * jnp.sin(z))(p.weight @ x)),
+        normal(3),
+        [KRONECKER, EXACT],
+    ),
     "no bias": (linear(use_bias=False), normal(3), [KRONECKER]),
     "scalar in and out": (linear("scalar", "scalar"), normal(), [KRONECKER]),
     "vmap": (Uses(linear(), every), normal(5, 3), [KRONECKER]),
@@ -234,6 +239,10 @@ def test_a_bias_stands_with_its_weight_where_it_is_only_added_to_what_that_makes
     ]
     elsewhere = Uses(linear(), lambda p, x: p(x) * p.bias)
     assert names(elsewhere, normal(3)) == [(".parameters.weight",), (".parameters.bias",)]
+    bare = Uses(linear(), lambda p, x: jnp.tanh(p(x)) + p.weight @ x)
+    assert names(bare, normal(3)) == [(".parameters.weight",), (".parameters.bias",)]
+    both = Uses(linear(), lambda p, x: (lambda z: jnp.tanh(z + p.bias) + z)(p.weight @ x))
+    assert names(both, normal(3)) == [(".parameters.weight",), (".parameters.bias",)]
     permuted = Uses(linear(), lambda p, x: p.weight @ x + p.bias[::-1])
     assert names(permuted, normal(3)) == [(".parameters.weight",), (".parameters.bias",)]
 

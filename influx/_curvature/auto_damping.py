@@ -17,9 +17,11 @@ def auto_damping(
 
     F are the eigenvalues of the data part, `penalties` those of l2, and n counts the training
     points of positive weight. A point's leverage is its share of the effective dimension, what it
-    decides of its own fit: n points cannot decide more than n directions between them, and what the
-    curvature claims beyond that is l2's or nobody's. Where l2 alone keeps the dimension below n, λ is 0,
-    unless H is then within √u of singular (u the unit roundoff): λ is √u times the largest eigenvalue.
+    decides of its own fit. The rule allows one direction a point, and takes what the curvature claims
+    beyond that for l2's or nobody's. It is a rule of thumb: with K outputs n points may decide up to nK
+    directions, and a weight of 2 counts as one point. Where l2 alone keeps the dimension below n, λ is
+    0, unless H is then within √u of singular (u the unit roundoff): λ is √u times the largest
+    eigenvalue, which in float32 may exceed l2.
     """
     if not is_concrete((blocks, penalties, weights)):
         raise ValueError(

@@ -104,16 +104,20 @@ class KFAC(AbstractKroneckerFactored):
         G = (1/n) Σᵢ wᵢ E Σ_t g_t g_tᵀ,   A = (1/w̄) Σᵢ wᵢ (1/T) Σ_t a_t a_tᵀ,   H = G ⊗ A + diag(l2).
 
     **Dropped:** all that couples layers, and within a layer what couples activations with output
-    gradients. Exact for one layer and one datum, and for deep linear networks with squared error (P13).
+    gradients. Exact for one datum where W is applied once, and for deep linear networks with squared error
+    (P13). l2 that differs within a layer enters by its diagonal in the eigenbasis.
 
     **Arguments:**
 
     - `fisher`: whose gradients g are: `"exact"` (summed over all targets, one backward pass each),
       `"sampled"` (`draws` targets drawn with `key`) or `"empirical"` (the given targets). See `Fisher`.
     - `damping`: λ of H + λI, or `"auto"`: the least λ at which the effective dimension
-      tr F(F + diag l2 + λI)⁻¹ is at most n, since n points decide no more than n directions.
-    - `tolerance`: relative root mean square error allowed to a layer's scores, 0 for none: layers
-      applied once an example are then scored by few products of small matrices (theory: §4).
+      tr F(F + diag l2 + λI)⁻¹ is at most n: one direction a point, a rule of thumb (K outputs may
+      decide up to nK), held to retraining in `docs/how-to-choose.md`.
+    - `tolerance`: relative root mean square error aimed at for a layer's scores, 0 for none: layers
+      applied once an example are then scored by few products of small matrices (theory: §4). A target,
+      met where coordinates of gradients are uncorrelated (P13e), not a bound; `self_influence` and the
+      scales of `relative` stay exact.
     - `sharing`: `"expand"` takes places of a shared W as independent; `"reduce"` takes the mean
       activation and the summed gradient instead (cheaper, for features that are averaged later).
     - `rules`: {layer type: fn(layer, *args)} for layers whose program influx cannot read, such as custom
@@ -254,7 +258,7 @@ def _factors(fisher: Fisher, sharing: str, risk: EmpiricalRisk, model):
 
 def _shared(rows: Rows, sharing: str) -> Rows:
     """Places where a matrix is shared: each by itself, or as one (K-FAC-reduce)."""
-    if sharing == "expand" or rows.right.shape[-1] == 1 or rows.indexed:
+    if sharing == "expand" or rows.indexed:
         return rows
     left = jnp.sum(rows.left, axis=-2, keepdims=True)
     return Rows(left, jnp.mean(rows.right, axis=-2, keepdims=True))
@@ -372,7 +376,9 @@ def _squares_of_table(layer: Layer, rows: Rows, weights):
 
 def _check_positive(block: EigenBlock) -> None:
     low = jnp.min(block.values) + block.damping
-    if is_concrete(low) and not float(low) > 0:
+    # Eigenvalues of EK-FAC are sums of squares: rounding keeps them above 0, at eps² of the largest.
+    unit = float(jnp.finfo(block.values.dtype).eps)
+    if is_concrete(low) and not float(low) > unit * float(jnp.max(block.values)):
         raise ValueError(
             f"The curvature of {' and '.join(block.layer.paths)} is singular: its smallest eigenvalue "
             f"is {float(low):.3g}. Use a positive damping, or an l2 > 0 on every parameter."

@@ -136,7 +136,7 @@ def layers_of(
     """Every leaf in one layer, or among the uncovered."""
     uses = {leaf: [use for use in reading.uses if use.leaf == leaf] for leaf in range(len(shapes))}
     taps = {tap.key: tap for tap in reading.taps}
-    biases = _biases(uses)
+    biases = _biases(uses, reading.escaped)
     layers, uncovered = [], []
     for leaf, shape in enumerate(shapes):
         if leaf in biases.values():
@@ -154,8 +154,9 @@ def layers_of(
     return layers, uncovered
 
 
-def _biases(uses: dict[int, list[Use]]) -> dict[int, int]:
-    """Weight → bias, where the bias is added to all that the weight makes and to nothing else."""
+def _biases(uses: dict[int, list[Use]], escaped: set[int]) -> dict[int, int]:
+    """Weight → bias, where the bias is added to all that the weight makes and to nothing else, and what
+    the weight makes is used in no other way."""
     weights = {use.tap: leaf for leaf, some in uses.items() for use in some if use.kind == "tap"}
     found = {}
     for leaf, some in uses.items():
@@ -163,7 +164,8 @@ def _biases(uses: dict[int, list[Use]]) -> dict[int, int]:
             continue
         weight = weights[some[0].tap]
         made = sorted(use.tap for use in uses[weight] if use.kind == "tap")
-        if sorted(use.tap for use in some) == made and weight not in found:
+        all_of_it = sorted(use.tap for use in some) == made and not escaped & set(made)
+        if all_of_it and weight not in found:
             found[weight] = leaf
     return found
 

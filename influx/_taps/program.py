@@ -32,12 +32,17 @@ class Use:
 
 @dataclass
 class Reading:
-    """What `read` found: the taps in the order of the program, where they are, and every use."""
+    """What `read` found: the taps in the order of the program, where they are, and every use.
+
+    `escaped` are taps whose output goes elsewhere than to one addition of a bias: the cotangent of the
+    sum is then not that of the output.
+    """
 
     taps: list[Tap] = field(default_factory=list)
     at: dict[int, Tap] = field(default_factory=dict)  # the equation's number
     inner: dict[int, "Reading"] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
+    escaped: set[int] = field(default_factory=set)
     depth: int = 0
 
 
@@ -71,6 +76,11 @@ def read(program: Jaxpr, roles: Sequence[Role], leaf_shapes, *, depth=0, counter
     return found, [role_of(v) for v in program.outvars]
 
 
+def escaping(roles: Sequence[Role]) -> set[int]:
+    """The taps of those that are a tap's output."""
+    return {role.tap for role in roles if isinstance(role, Made)}
+
+
 def _named(variables, roles) -> dict[Any, Role]:
     return {v: role for v, role in zip(variables, roles) if role is not None}
 
@@ -83,6 +93,7 @@ def _program_of(equation) -> Jaxpr:
 def _adopt(found: Reading, number: int, inner: Reading, taps: list[Tap]) -> None:
     found.inner[number] = inner
     found.taps += taps
+    found.escaped |= inner.escaped
     # A parameter handed back by an inner program is followed further outside.
     found.uses += [use for use in inner.uses if use.kind != "output"]
 
@@ -101,8 +112,9 @@ def _read_scan(equation, inputs, leaf_shapes, depth, counter) -> Reading:
             roles.append(None)
             if isinstance(role, View | Spread):
                 uses.append(Use(role.leaf, "scan"))
-    inner, _ = read(_program_of(equation), roles, leaf_shapes, depth=depth + 1, counter=counter)
+    inner, outs = read(_program_of(equation), roles, leaf_shapes, depth=depth + 1, counter=counter)
     inner.uses += uses
+    inner.escaped |= escaping(inputs) | escaping(outs)
     # A parameter that a loop hands on is not followed.
     inner.uses = [Use(u.leaf, "scan") if u.kind == "output" else u for u in inner.uses]
     return inner
@@ -124,10 +136,12 @@ def _read_equation(found: Reading, number, equation, inputs, leaf_shapes, counte
             found.taps.append(tap)
             found.at[number] = tap
             found.uses.append(Use(view.leaf, "tap", tap.key))
+            found.escaped |= escaping(inputs)
             return None if features is None else Made(tap.key, features, view.scans)
     if name in ("add", "add_any") and (use := _bias(inputs, leaf_shapes)):
         found.uses.append(use)
         return None
+    found.escaped |= escaping(inputs)
     kind = "elementwise" if name in _ELEMENTWISE else name
     found.uses += [Use(leaf, kind) for leaf in leaves]
     return None

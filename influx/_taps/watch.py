@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import Model
 from .layers import Layer, Rows, Uncovered, layers_of
-from .program import Reading, read, run
+from .program import Reading, escaping, read, run
 from .view import View
 
 
@@ -37,7 +37,9 @@ class Watched:
         program = self._closed.jaxpr
         roles = [View(i, shape) for i, shape in enumerate(shapes)]
         roles += [None] * (len(program.invars) - len(roles))
-        self._reading: Reading = read(program, roles, shapes)[0]
+        self._reading: Reading
+        self._reading, outs = read(program, roles, shapes)
+        self._reading.escaped |= escaping(outs)
         self.layers: list[Layer]
         self.uncovered: list[Uncovered]
         self.layers, self.uncovered = layers_of(self._reading, paths, shapes)
