@@ -23,7 +23,8 @@ def _checked_rtol(rtol: Any) -> float | None:
     positive = isinstance(rtol, int | float | np.number) and 0 < rtol < 1
     if rtol is not None and not positive:
         raise ValueError(
-            f"`rtol` must be a positive number such as 1e-10, and below 1; got {rtol!r}. None chooses one."
+            f"`rtol` must be a positive number such as 1e-10, and below 1; got {rtol!r}. None chooses "
+            "one."
         )
     return rtol
 

@@ -104,8 +104,8 @@ class KFAC(AbstractKroneckerFactored):
         G = (1/n) Σᵢ wᵢ E Σ_t g_t g_tᵀ,   A = (1/w̄) Σᵢ wᵢ (1/T) Σ_t a_t a_tᵀ,   H = G ⊗ A + diag(l2).
 
     **Dropped:** all that couples layers, and within a layer what couples activations with output
-    gradients. Exact for one datum where W is applied once, and for deep linear networks with squared error
-    (P13). l2 that differs within a layer enters by its diagonal in the eigenbasis.
+    gradients. Exact for one datum where W is applied once, and for deep linear networks with squared
+    error (P13). l2 that differs within a layer enters by its diagonal in the eigenbasis.
 
     **Arguments:**
 
