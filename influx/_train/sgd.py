@@ -1,5 +1,6 @@
 """Mini-batch training by any optax optimiser."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -7,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._custom_types import Model
 from .._misc import ravel, take
 from .base import AbstractTrainer, Trained, check_count, flat, gradient_items, norm
 
@@ -58,25 +58,33 @@ class SGD(AbstractTrainer):
         order = jr.permutation(jr.fold_in(self.key, epoch), n)
         return order[: steps * self.batch_size].reshape(steps, self.batch_size)
 
+    def start(self, params: PyTree[Array]) -> Any:
+        """The state of a run before its first step: parameters and the optimiser's memory."""
+        return params, self.optimiser.init(params)
+
+    def update(self, gradient: PyTree[Array], state: Any) -> Any:
+        """The state after a step with that gradient: what the optimiser makes of it."""
+        params, memory = state
+        # optax's bias corrections mix integers and floats, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, memory = self.optimiser.update(gradient, memory, params)
+            return optax.apply_updates(params, updates), memory
+
+    def step(self, objective, static, weights: Float[Array, " n"], state, batch: Int[Array, " B"]):
+        """The state after a step on one mini-batch."""
+        params, _ = state
+        gradient = jax.grad(batch_objective(objective, static, batch))(params, weights[batch])
+        return self.update(gradient, state)
+
     def train(self, state, objective, model, weights):
         params, static = eqx.partition(model, eqx.is_inexact_array)
+        step = lambda run, batch: (self.step(objective, static, weights, run, batch), None)
 
-        def step(carry, batch):
-            params, optimiser_state = carry
-            loss = lambda p: batch_objective(objective, eqx.combine(p, static), weights, batch)
-            gradient = jax.grad(loss)(params)
-            # optax's bias corrections mix integers and floats, which strict promotion forbids.
-            with jax.numpy_dtype_promotion("standard"):
-                updates, optimiser_state = self.optimiser.update(gradient, optimiser_state, params)
-                params = optax.apply_updates(params, updates)
-            return (params, optimiser_state), None
+        def epoch(run, index):
+            return jax.lax.scan(jax.checkpoint(step), run, self.batches(weights.shape[0], index))
 
-        def epoch(carry, index):
-            batches = self.batches(weights.shape[0], index)
-            return jax.lax.scan(jax.checkpoint(step), carry, batches)
-
-        start = (params, self.optimiser.init(params))
-        (params, _), _ = jax.lax.scan(jax.checkpoint(epoch), start, jnp.arange(self.epochs))
+        run = self.start(params)
+        (params, _), _ = jax.lax.scan(jax.checkpoint(epoch), run, jnp.arange(self.epochs))
         trained = eqx.combine(params, static)
         fn, theta, _ = flat(objective, trained, weights)
         steps = jnp.asarray(self.epochs * (weights.shape[0] // self.batch_size))
@@ -97,10 +105,14 @@ class SGD(AbstractTrainer):
         )
 
 
-def batch_objective(
-    risk: Any, model: Model, weights: Float[Array, " n"], batch: Int[Array, " B"]
-) -> Float[Array, ""]:
-    """(1/B) Σ wᵢ ℓᵢ + Ω over one mini-batch."""
-    losses = risk.losses(model, take(risk.data, batch))
-    data_term = jnp.vdot(weights[batch], losses, precision=jax.lax.Precision.HIGHEST)
-    return data_term / batch.shape[0] + risk.regulariser(model)
+def batch_objective(objective: Any, static: Any, batch: Int[Array, " B"]) -> Callable:
+    """(1/B) Σ wᵢ ℓᵢ + Ω over one mini-batch, a function of the parameters and the batch's wᵢ."""
+    data = take(objective.data, batch)
+
+    def value(params: PyTree[Array], weights: Float[Array, " B"]) -> Float[Array, ""]:
+        model = eqx.combine(params, static)
+        losses = objective.losses(model, data)
+        data_term = jnp.vdot(weights, losses, precision=jax.lax.Precision.HIGHEST)
+        return data_term / batch.shape[0] + objective.regulariser(model)
+
+    return value
