@@ -32,6 +32,13 @@ from ._loss import SquaredError as SquaredError
 from ._memorization import LABELS as LABELS
 from ._memorization import Memorization as Memorization
 from ._memorization import memorization as memorization
+from ._removal import Pruned as Pruned
+from ._removal import PruneHistory as PruneHistory
+from ._removal import RemovalHistory as RemovalHistory
+from ._removal import Removed as Removed
+from ._removal import TrainedWithRemoval as TrainedWithRemoval
+from ._removal import prune as prune
+from ._removal import train_with_removal as train_with_removal
 from ._restriction import restrict as restrict
 from ._restriction_bound import RestrictionBound as RestrictionBound
 from ._restriction_bound import restriction_bound as restriction_bound
