@@ -15,7 +15,7 @@ from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer, check_trainer
 from .._train.fit import fitted
 from .._validate import validate
-from .._value import value
+from .._value import Value, value
 from .heldout import change, check_share, halves
 from .removed import Removed, removed_table
 
@@ -183,10 +183,8 @@ def _descend(problem: _Problem, most: int, k: int, trust: float, rounds: int) ->
     risk = problem.risk
     now, steps, end = problem.fit(risk.weights, 0.0), [], ENDS[3]
     scores = np.full(risk.n, np.nan)
+    now, f, valued = _valued(problem, now)
     while len(steps) < rounds:
-        f = problem.at(now.weights, now.model)
-        valued = value(f, problem.choosing)
-        now = now._replace(gradients=now.gradients + _valuation(problem))
         gains = np.asarray(now.weights * valued.value)  # removing i changes the loss by this / n
         harmful = np.flatnonzero((np.asarray(valued.verdict) == 1) & (gains < 0))
         left = most - int(np.sum(np.asarray(now.weights != risk.weights)))
@@ -200,17 +198,19 @@ def _descend(problem: _Problem, most: int, k: int, trust: float, rounds: int) ->
             scores[chosen] = np.asarray(valued.value)[chosen]
             near = abs(tried["actual"] / tried["predicted"] - 1) <= _WIDEN
             k = 2 * k if near and chosen.size == k else k
+            now, f, valued = _valued(problem, after)
         elif chosen.size == 1:
             now, end = after, ENDS[2]
             break
-        else:
-            k = chosen.size // 2
-        now = after
+        else:  # model and values are what they were
+            now, k = after, chosen.size // 2
     return _answer(problem, now, steps, scores, end)
 
 
-def _valuation(problem: _Problem) -> int:
-    return problem.risk.n + leading_length(problem.choosing)
+def _valued(problem: _Problem, now: _Fitted) -> tuple[_Fitted, Influence, Value]:
+    f = problem.at(now.weights, now.model)
+    cost = problem.risk.n + leading_length(problem.choosing)
+    return now._replace(gradients=now.gradients + cost), f, value(f, problem.choosing)
 
 
 def _try(problem: _Problem, f: Influence, now: _Fitted, chosen, trust: float):
