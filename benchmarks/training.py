@@ -9,15 +9,18 @@ flipped to another class with the probability stated; the test labels are clean 
 
 All others may spend half of the plain run's gradients. A held-out set picks the epoch each answers:
 by its loss for plain training and random removal, by the mean probability of its labels for small-loss
-selection and `train_with_removal` (of two measures the better one for each, on other data). Small-loss
-selection is told the share of flips, and trains on the rest of each batch with the smallest losses;
-its forward pass over the batch counts a third of a gradient, the backward pass over the chosen two
-thirds. Random removal takes out the same share of points before it starts. The last row knows which
-labels were flipped: what removal can reach at most. Test accuracy in per cent, mean ± standard error
-over seeds; "ours − it" are paired differences.
+selection (of two measures the better one for each, on other data); `train_with_removal` by its own
+rule. Small-loss selection is told the share of flips, and trains on the rest of each batch with the
+smallest losses; its forward pass over the batch counts a third of a gradient, the backward pass over
+the chosen two thirds. Random removal takes out the same share of points before it starts. The last row
+knows which labels were flipped: what removal can reach at most. Test accuracy in per cent, mean ±
+standard error over seeds; "ours − it" are paired differences.
 
-All that `train_with_removal` has to choose was fixed on 4,000 rows that exclude the test set, split
-otherwise and under other seeds (`DEVELOPMENT`; it prints the same table on those).
+All that `train_with_removal` has to choose was fixed on the 4,000 rows that exclude the test set, split
+otherwise (`python -m benchmarks.training development` prints the same table there). The test set was
+read twice: seeds 0 to 4 with earlier thresholds (−0.3, 0.8, ½) and the epoch of the best held-out
+probability, 90.44 ± 0.32 at 30 %, 0.66 ± 0.70 above small-loss selection; then, with thresholds and rule
+chosen anew on the development rows, the seeds 10 to 14 that this prints.
 """
 
 import sys
@@ -36,7 +39,7 @@ import influx as ix
 from benchmarks import _tasks
 from benchmarks.removal import digits
 
-SEEDS, EPOCHS, BATCH, L2, BUDGET = 5, 30, 50, 1e-3, 0.5
+SEEDS, EPOCHS, BATCH, L2, BUDGET = range(10, 15), 30, 50, 1e-3, 0.5
 DEVELOPMENT = "development"
 
 
@@ -151,7 +154,7 @@ def removal(p: Problem) -> Curve:
     )
     history = trained.history
     gradients = np.asarray(history.gradients) / history.plain
-    return Curve(gradients, np.asarray(history.watched), history.best)
+    return Curve(gradients, np.asarray(history.watched), history.returned)
 
 
 def at_random(p: Problem) -> np.ndarray:
@@ -173,9 +176,9 @@ def mean_and_error(values) -> str:
     return f"{values.mean():.2f} ± {values.std(ddof=1) / np.sqrt(values.size):.2f}"
 
 
-def compare(console: Console, noise: float, development: bool = False, seeds: int = SEEDS):
+def compare(console: Console, noise: float, development: bool = False, seeds=SEEDS):
     """{method: a curve for each seed}, printed as a table."""
-    problems = [problem(seed, noise, development) for seed in range(seeds)]
+    problems = [problem(seed, noise, development) for seed in seeds]
     curves = {name: [method(p) for p in problems] for name, method in METHODS.items()}
     ours = [c.answer for c in curves["train_with_removal"]]
     table = Table(f"{noise:.0%} flipped", "gradients", "test accuracy", "last epoch's", "ours − it")

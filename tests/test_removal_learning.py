@@ -106,7 +106,7 @@ def test_the_budget_is_kept(budget):
 def test_a_step_that_leaves_the_trust_region_is_refused_by_name():
     """Training that stops far from a minimum does not follow the Newton step that predicts it."""
     risk = ix.EmpiricalRisk(data(80, 0, 12), ix.SoftmaxCrossEntropy(), l2=1e-2)
-    short = ix.SGD(optax.sgd(0.1), batch_size=80, epochs=20, key=jr.key(0))
+    short = ix.SGD(optax.sgd(1e-3), batch_size=80, epochs=1, key=jr.key(0))
     found = ix.prune(risk, linear(), short, heldout=data(200, 1), step=0.1)
     refused = np.asarray(found.history.outcome) == 2
     ratio, sizes = np.asarray(found.history.ratio), np.asarray(found.history.removed)
@@ -114,9 +114,8 @@ def test_a_step_that_leaves_the_trust_region_is_refused_by_name():
     assert (ratio[refused] < 0.25).all()
     assert all(sizes[i + 1] == sizes[i] // 2 for i in np.flatnonzero(refused[:-1]))
     assert "left the trust region" in str(found.history)
-    if not (np.asarray(found.history.outcome) == 0).any():
-        assert bool(found.kept.all())
-        assert found.history.end == "every step was refused, down to a single point"
+    assert bool(found.kept.all())
+    assert found.history.end == "every step was refused, down to a single point"
 
 
 def test_clean_data_are_left_alone():
@@ -261,17 +260,23 @@ def test_absent_points_are_never_trained_on():
     assert not np.asarray(runs[0].kept)[:12].any()
 
 
-def test_the_model_returned_is_that_of_the_best_epoch():
+def test_the_last_epoch_within_a_standard_error_of_the_best_is_returned():
     deciding = tuple(a[1::2] for a in data(60, 1))
 
     def p(m):
         probabilities = jax.nn.softmax(jax.vmap(m)(deciding[0]), axis=1)
-        return jnp.mean(jnp.take_along_axis(probabilities, deciding[1][:, None], axis=1))
+        return jnp.take_along_axis(probabilities, deciding[1][:, None], axis=1)[:, 0]
 
     _, found = trained(watch=p)
-    np.testing.assert_allclose(found.history.watched, found.history.heldout, rtol=1e-9)
-    np.testing.assert_allclose(float(p(found.model)), float(jnp.max(found.history.heldout)))
-    assert found.history.best == int(jnp.argmax(found.history.heldout))
+    watched, returned = np.asarray(found.history.watched), found.history.returned
+    np.testing.assert_allclose(watched.mean(axis=1), found.history.heldout, rtol=1e-9)
+    np.testing.assert_allclose(p(found.model), watched[returned])
+    good = []
+    for e in range(len(watched)):
+        best = watched[: e + 1][np.argmax(watched[: e + 1].mean(axis=1))]
+        fall = best - watched[e]
+        good.append(fall.mean() <= fall.std(ddof=1) / np.sqrt(fall.size))
+    assert returned == np.flatnonzero(good)[-1]
 
 
 @pytest.mark.parametrize(
