@@ -36,7 +36,14 @@ from ._plan import Plan as Plan
 from ._plan import plan as plan
 from ._removal import REASONS as REASONS
 from ._removal import Mislabelled as Mislabelled
+from ._removal import Pruned as Pruned
+from ._removal import PruneHistory as PruneHistory
+from ._removal import RemovalHistory as RemovalHistory
+from ._removal import Removed as Removed
+from ._removal import TrainedWithRemoval as TrainedWithRemoval
 from ._removal import find_mislabelled as find_mislabelled
+from ._removal import prune as prune
+from ._removal import train_with_removal as train_with_removal
 from ._response import Unrolled as Unrolled
 from ._restriction import restrict as restrict
 from ._restriction_bound import RestrictionBound as RestrictionBound

@@ -420,3 +420,14 @@ def _head_features(general: OutputJacobian, K: int, widths: tuple[int, ...]):
     chunk = min(n, chunk_length(3 * K * order.size, jnp.float64))
     is_head, features = chunked_map(one, general.inputs, chunk)
     return jnp.all(is_head), features
+
+
+def head_features(risk: EmpiricalRisk, model: Model, inputs: PyTree[Array]) -> Float[Array, "n d"]:
+    """h̃ of a linear head at `inputs`, as `HeadJacobian` holds them, of what is known to be one: the
+    gradient of the first output, which is one forward pass and a copy."""
+    layout = _head_layout(risk, model)
+    assert layout is not None  # `output_jacobian` has found the head
+    theta, rebuild = ravel(model)
+    first = lambda t, x: risk.output(rebuild(t), x).reshape(-1)[0]
+    rows = jax.vmap(lambda x: jax.grad(first)(theta, x))(inputs)
+    return rows[:, _head_order(*layout)[0]]

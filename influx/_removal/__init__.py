@@ -1,3 +1,10 @@
 from .mislabelled import REASONS as REASONS
 from .mislabelled import Mislabelled as Mislabelled
 from .mislabelled import find_mislabelled as find_mislabelled
+from .prune import Pruned as Pruned
+from .prune import PruneHistory as PruneHistory
+from .prune import prune as prune
+from .removed import Removed as Removed
+from .train_with_removal import RemovalHistory as RemovalHistory
+from .train_with_removal import TrainedWithRemoval as TrainedWithRemoval
+from .train_with_removal import train_with_removal as train_with_removal

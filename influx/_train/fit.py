@@ -23,13 +23,18 @@ def fit(risk: EmpiricalRisk, model: Model, trainer: AbstractTrainer) -> Model:
     check_trainer(trainer)
     require_concrete("fit", risk, model)
     validate(risk, model)
+    return fitted(risk, model, trainer)[0]
+
+
+def fitted(risk: EmpiricalRisk, model: Model, trainer: AbstractTrainer) -> tuple[Model, Trained]:
+    """As `fit`, of what has been checked already, with how the training ended."""
     trained_model, trained = _fit(risk, model, trainer)
     if not bool(trained.converged):
         raise RuntimeError(
             f"Training did not converge: ‖∇J‖ = {float(trained.gradient_norm):.3g} after "
             f"{int(trained.steps)} steps. {trainer.remedies()}"
         )
-    return trained_model
+    return trained_model, trained
 
 
 @eqx.filter_jit

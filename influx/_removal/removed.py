@@ -1,0 +1,58 @@
+"""Which points were removed, what their labels are and might be, and why: a table to act on."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._custom_types import Model
+from .._risk import EmpiricalRisk
+
+
+class Removed(eqx.Module):
+    """The removed points, a row each; `str(removed)` is a plain table. Nothing is relabelled.
+
+    - `index`: where the point stands in the training data
+    - `given`: its label, or for a loss without classes its target
+    - `suggested`: the class (or the output) that the returned model, trained without it, answers
+    - `reason`: why it was removed
+    - `score`: the number behind the reason, named in it
+    """
+
+    index: Int[Array, " r"]
+    given: Array
+    suggested: Array
+    score: Float[Array, " r"]
+    reason: str = eqx.field(static=True)
+
+    def __str__(self) -> str:
+        head = f"{'index':>8} {'given':>10} {'suggested':>10}  reason"
+        columns = (np.asarray(x) for x in (self.index, self.given, self.suggested, self.score))
+        cell = lambda x: f"{x:>10.3g}" if np.ndim(x) == 0 else f"{'…':>10}"
+        rows = [
+            f"{i:>8} {cell(given)} {cell(suggested)}  {self.reason} {score:+.3g}"
+            for i, given, suggested, score in zip(*columns)
+        ]
+        return "\n".join([head, *rows])
+
+
+def removed_table(
+    risk: EmpiricalRisk, model: Model, removed: Array, score: Float[Array, " n"], reason: str
+) -> Removed:
+    """The rows of the points where the mask `removed` is true, by ascending score."""
+    score = jnp.asarray(score)
+    chosen = np.flatnonzero(np.asarray(removed))
+    index = jnp.asarray(chosen[np.argsort(np.asarray(score)[chosen], kind="stable")], int)
+    inputs, targets = jax.tree_util.tree_map(lambda x: x[index], risk.data)
+    outputs = jax.vmap(lambda x: risk.output(model, x))(inputs)
+    return Removed(index, targets, suggestion(risk, outputs), score[index], reason)
+
+
+def suggestion(risk: EmpiricalRisk, outputs):
+    """The classes of outputs [r, ...], or for a loss without classes the outputs themselves."""
+    try:
+        logits = jax.vmap(risk.loss.class_logits)(outputs)
+    except ValueError:
+        return outputs
+    return jnp.argmax(logits, axis=-1)
