@@ -139,6 +139,8 @@ def _equation(eqn, labels: list[int], tally: _Tally) -> list[int]:
     inner = _inner(eqn)
     if inner:
         return _call(eqn, inner, labels, label, tally)
+    if not eqn.outvars:  # a callback
+        return []
     name, out = eqn.primitive.name, eqn.outvars[0].aval
     tally.flops[label] += _flops(eqn)
     if name in _STORED:
