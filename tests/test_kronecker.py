@@ -226,6 +226,50 @@ def test_a_layer_without_a_rule_is_an_error_and_a_rule_is_a_line():
     assert left_out.share["excluded"] == pytest.approx(1200 / 1323)
 
 
+@jax.custom_vjp
+def reverse_only(weight, x):
+    return weight @ x
+
+
+reverse_only.defvjp(
+    lambda weight, x: (weight @ x, (weight, x)),
+    lambda kept, g: (jnp.outer(g, kept[1]), kept[0].T @ g),
+)
+
+
+class ReverseOnly(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, x):
+        return reverse_only(self.weight, x)
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_a_rule_serves_every_way_of_scoring(rows):
+    """Forward mode too, which a layer with a reverse rule of its own has none for."""
+    own = eqx.nn.Sequential([Wrapped(ReverseOnly(jr.normal(jr.key(5), (40, 30))))])
+    plain = eqx.tree_at(lambda m: m.layers[0].layer, own, Linear(own.layers[0].layer.weight))
+    X, y = jr.normal(jr.key(7), (N, 30)), jr.randint(jr.key(8), (N,), 0, C)
+    risk = ix.EmpiricalRisk((X, y), ix.SoftmaxCrossEntropy(), l2=1e-2)
+    f = ix.influence(risk, own, ix.EKFAC(rules={ReverseOnly: lambda layer, x: layer.weight @ x}))
+    queries = jnp.resize(X, (rows, 30)), jnp.resize(y, (rows,))
+    want = ix.influence(risk, plain, ix.EKFAC())(queries)
+    np.testing.assert_allclose(f(queries), want, rtol=1e-9, atol=1e-12)
+
+
+def test_draws_of_a_regression_are_not_rounded_to_its_whole_targets():
+    X = jr.normal(jr.key(9), (N, 3))
+    whole = jnp.zeros((N, 2), int)
+    model = Linear(jr.normal(jr.key(10), (2, 3)))
+    sampled = ix.EKFAC("sampled", key=jr.key(11), damping=1e-3)
+    factored = [
+        sampled.factor(ix.EmpiricalRisk((X, y), ix.SquaredError()), model)
+        for y in (whole, whole.astype(float))
+    ]
+    v = jnp.ones(6)
+    np.testing.assert_array_equal(*(f.matvec(v) for f in factored))
+
+
 class Linear(eqx.Module):
     weight: jax.Array
 

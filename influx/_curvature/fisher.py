@@ -15,6 +15,13 @@ from .base import AbstractMatrixCurvature, least_penalty
 from .ggn import _gauss_newton_matvec, gauss_newton_matrix
 
 
+def _drawn(loss: AbstractLoss, key, output, given):
+    """A target from the model's distribution: a label in the dtype of the given ones, any other number
+    as it is, for whole-number targets of a regression are no reason to round."""
+    target = loss.draw(key, output)
+    return target.astype(given.dtype) if jnp.issubdtype(target.dtype, jnp.integer) else target
+
+
 class Fisher(AbstractMatrixCurvature):
     """The Fisher matrix by name, plus diag(l2).
 
@@ -84,8 +91,7 @@ class Fisher(AbstractMatrixCurvature):
         output = risk.output(model, x)
 
         def drawn(key):
-            target = risk.loss.draw(key, output).astype(y.dtype)
-            return example_gradient(risk, model, (x, target))
+            return example_gradient(risk, model, (x, _drawn(risk.loss, key, output, y)))
 
         return jax.vmap(drawn)(jr.split(jr.fold_in(self.key, i), self.draws))
 
@@ -99,7 +105,7 @@ class Fisher(AbstractMatrixCurvature):
         keys = jr.split(jr.fold_in(self.key, i), self.draws)
 
         def drawn(key):
-            return jax.grad(loss)(output, loss.draw(key, output).astype(target.dtype))
+            return jax.grad(loss)(output, _drawn(loss, key, output, target))
 
         return jax.vmap(drawn)(keys) / jnp.sqrt(jnp.asarray(self.draws, output.dtype))
 

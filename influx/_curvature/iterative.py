@@ -26,7 +26,7 @@ def _checked_rtol(rtol: Any) -> float | None:
             f"`rtol` must be a positive number such as 1e-10, and below 1; got {rtol!r}. None chooses "
             "one."
         )
-    return rtol
+    return None if rtol is None else float(rtol)
 
 
 def _checked_steps(max_steps: Any) -> int | None:

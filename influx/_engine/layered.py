@@ -128,7 +128,7 @@ class Layered(AbstractScoring):
         k = rows[0].left.shape[0]
         forward = replace(self, ways=_FORWARD)
         prepare = lambda q, _: forward.prepare(response, measurement, q)
-        products = forward_piece(response, k)
+        products = forward_piece(_under_rules(response), k)
         return ((replace(products, cost=products.cost.plus(cost_of(prepare, query, None))),),)
 
     def settled(self, ways, points):
@@ -145,7 +145,8 @@ class Layered(AbstractScoring):
         if self.ways == _FORWARD:
             join = jax.vmap(lambda matrices: _kronecker(response).join(matrices))
             solved = join([part.matrix for part in prepared])
-            return forward_columns(response, solved, indices, self.limits, self.points)
+            ruled_response = _under_rules(response)
+            return forward_columns(ruled_response, solved, indices, self.limits, self.points)
         blocks = _kronecker(response).blocks
         rows_of = _loss_rows(response)
         data = response.risk.data
@@ -226,6 +227,12 @@ def _kronecker(response) -> Kronecker:
     return layered
 
 
+def _under_rules(response):
+    """The response with its layers called through the rules that the curvature was read under."""
+    rules = _kronecker(response).rules
+    return eqx.tree_at(lambda r: r.risk, response, ruled(response.risk, rules))
+
+
 def _loss_rows(response):
     """Training example ↦ the rows of its gradient, layer by layer; every `left` has k = 1."""
     return _measurement_rows(response, Loss())
@@ -234,7 +241,7 @@ def _loss_rows(response):
 def _measurement_rows(response, measurement):
     """Query ↦ the rows of ∇m, one cotangent a component, for each layer of the curvature."""
     kronecker = _kronecker(response)
-    risk, model = ruled(response.risk, kronecker.rules), response.model
+    risk, model = _under_rules(response).risk, response.model
     layers = [block.layer for block in kronecker.blocks]
 
     def rows(query):

@@ -1,5 +1,7 @@
 """What the other points say about a point's class: scores of all classes, the point itself left out."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.nn as jnn
@@ -32,15 +34,18 @@ class Evidence(eqx.Module):
 def by_model(risk: EmpiricalRisk, model: Model, labels: Int[Array, " n"]) -> Evidence:
     """Logits without each point by a Newton step (P10), points weighed by the chance that their label
     is right."""
-    weights = risk.weights
-    tolerance = float(jnp.sqrt(jnp.finfo(weights.dtype).eps))
-    for _ in range(_ROUNDS):
-        trusted = risk.with_weights(weights)
-        model = fit(trusted, model, Newton(tolerance=tolerance))
-        logits = _logits_without(influence(trusted, model, Hessian()))
-        margins = jax.vmap(margin)(logits, labels)
-        weights = risk.weights * _chance_right(margins, risk.weights, logits.shape[1])
-    return Evidence(logits, margins)
+    trainer = Newton(tolerance=float(jnp.sqrt(jnp.finfo(risk.weights.dtype).eps)))
+
+    def ask(start: Model, trusted: EmpiricalRisk) -> tuple[Model, Evidence]:
+        fitted = fit(trusted, start, trainer)
+        logits = _logits_without(influence(trusted, fitted, Hessian()))
+        return fitted, Evidence(logits, jax.vmap(margin)(logits, labels))
+
+    model, found = ask(model, risk)
+    for _ in range(_ROUNDS - 1):
+        right = _chance_right(found.margin, risk.weights, found.scores.shape[1])
+        model, found = ask(model, risk.with_weights(risk.weights * right))
+    return found
 
 
 @eqx.filter_jit
@@ -79,12 +84,15 @@ def by_features(
     kernel = feature_kernel(risk, model)
     indicators = jnn.one_hot(labels, classes, dtype=kernel.dtype)
     ridge = _RIDGE * jnp.sum(risk.weights)
-    weights = risk.weights
-    for _ in range(_ROUNDS):
+
+    def ask(weights: Float[Array, " n"]) -> Evidence:
         scores = 1 / classes + without_each(kernel, indicators - 1 / classes, weights, ridge)
-        margins = _lead(scores, indicators)
-        weights = jnp.where(margins < _CONTRADICTED, 0, risk.weights)
-    return Evidence(scores, margins)
+        return Evidence(scores, _lead(scores, indicators))
+
+    found = ask(risk.weights)
+    for _ in range(_ROUNDS - 1):
+        found = ask(jnp.where(found.margin < _CONTRADICTED, 0, risk.weights))
+    return found
 
 
 def _lead(scores: Float[Array, "n C"], indicators: Float[Array, "n C"]) -> Float[Array, " n"]:
@@ -127,8 +135,8 @@ def feature_kernel(risk: EmpiricalRisk, model: Model) -> Float[Array, "n n"]:
             "to a part that has such layers, e.g. `influx.restrict(risk, model, lambda m: m.layers)`."
         )
     kernels = [_layer_kernel(risk, model, place) for place in places]
-    seen = [kernel for kernel in kernels if bool(jnp.any(kernel != 0))]  # a constant says nothing
-    return 1 + sum(seen) / max(1, len(seen))
+    seen = sum(bool(jnp.any(kernel != 0)) for kernel in kernels)  # a constant input says nothing
+    return 1 + functools.reduce(jnp.add, kernels) / max(1, seen)
 
 
 @eqx.filter_jit

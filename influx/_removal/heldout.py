@@ -44,7 +44,3 @@ def check_share(value: float, name: str, meaning: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ValueError(f"`{name}` is {meaning} and must lie between 0 and 1, got {value!r}.")
     return float(value)
-
-
-def mean_loss(risk: EmpiricalRisk, model: Model, data: PyTree[Array]) -> Float[Array, ""]:
-    return jnp.mean(risk.losses(model, data))
