@@ -86,7 +86,7 @@ def flip(y, share: float, classes: int, seed: int):
 
 
 def probabilities(model, X):
-    return np.asarray(jax.nn.softmax(eqx.filter_jit(jax.vmap(model))(X), axis=1))
+    return np.asarray(jax.nn.softmax(eqx.filter_jit(eqx.filter_vmap(model))(X), axis=1))
 
 
 def out_of_sample(case: Case, X, y, classes: int, seed: int):
