@@ -9,7 +9,16 @@ from ._custom_types import Model, Scores
 from ._effect import AbstractEffect, Derivative
 from ._engine import Schedule
 from ._measurement import AbstractMeasurement, Loss
-from ._misc import Limits, check_chunk, check_memory, chunked_map, dot, leading_length
+from ._misc import (
+    Limits,
+    check_chunk,
+    check_memory,
+    chunked_map,
+    dot,
+    leading_length,
+    map_blocks,
+    take,
+)
 from ._response import AbstractResponse, Implicit, TrainingRun, Unrolled
 from ._risk import EmpiricalRisk
 from ._scale import AbstractScale, Unscaled
@@ -118,11 +127,18 @@ def influence(
 def _scores(f: Influence, queries: PyTree[Array]) -> Scores:
     f, schedule = scheduled(f, queries)
 
-    def one(query):
-        scores = f.effect.columns(f, f.effect.prepare(f, query), None)
+    def one(prepared):
+        scores = f.effect.columns(f, prepared, None)
         return scores if f.masks is None else dot(scores, f.masks.T)
 
-    return chunked_map(one, queries, schedule.queries)
+    answers = lambda block: jax.vmap(one)(prepared_queries(f, schedule, block))
+    rows = lambda indices: answers(take(queries, indices))
+    return map_blocks(rows, leading_length(queries), schedule.queries)
+
+
+def prepared_queries(f: Influence, schedule: Schedule, queries: PyTree[Array]) -> PyTree[Array]:
+    """What each query of a block needs once, with few of them worked on at a time."""
+    return chunked_map(lambda query: f.effect.prepare(f, query), queries, schedule.prepared)
 
 
 def scheduled(

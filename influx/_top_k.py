@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._engine import MOST_POINTS
-from ._influence import Influence, scheduled
-from ._misc import Limits, check_chunk, chunked_map
+from ._influence import Influence, prepared_queries, scheduled
+from ._misc import Limits, check_chunk, leading_length, map_blocks, take
 
 
 class Extremes(eqx.Module):
@@ -67,8 +67,7 @@ def _top_k(f: Influence, queries: PyTree[Array], k: int, chunk_size: int | None)
     b = schedule.points
     starts = jnp.arange(0, n, b)
 
-    def one(query):
-        prepared = f.effect.prepare(f, query)
+    def one(prepared):
         c = jax.eval_shape(lambda p: f.effect.columns(f, p, jnp.arange(b)), prepared).shape[:-1]
         empty = jnp.full((*c, k), -jnp.inf, dtype), jnp.full((*c, k), -1)
 
@@ -87,7 +86,9 @@ def _top_k(f: Influence, queries: PyTree[Array], k: int, chunk_size: int | None)
         (highest, lowest), _ = jax.lax.scan(step, (empty, empty), starts)
         return TopK(_extremes(*highest, 1), _extremes(*lowest, -1))
 
-    return chunked_map(one, queries, schedule.queries)
+    answers = lambda block: jax.vmap(one)(prepared_queries(f, schedule, block))
+    rows = lambda indices: answers(take(queries, indices))
+    return map_blocks(rows, leading_length(queries), schedule.queries)
 
 
 def _merge(best, scores, indices, k):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._effect import Derivative
-from ._influence import Influence, scheduled
+from ._influence import Influence, prepared_queries, scheduled
 from ._measurement import Loss
 from ._misc import chunked_sum, leading_length, take
 from ._scale import Unscaled
@@ -80,11 +80,11 @@ def _moments(f: Influence, heldout: PyTree[Array]) -> tuple[Float[Array, " n"], 
     queries at a time; the first query's scores are taken off before squaring, against cancellation."""
     m = leading_length(heldout)
     f, schedule = scheduled(f, heldout)
-    one = lambda query: f.effect.columns(f, f.effect.prepare(f, query), None)
-    first = one(take(heldout, 0))
+    one = lambda prepared: f.effect.columns(f, prepared, None)
+    first = one(f.effect.prepare(f, take(heldout, 0)))
 
     def sums(queries):
-        shifted = jax.vmap(one)(queries) - first[None]
+        shifted = jax.vmap(one)(prepared_queries(f, schedule, queries)) - first[None]
         return jnp.sum(shifted, axis=0), jnp.sum(jnp.square(shifted), axis=0)
 
     total, squares = chunked_sum(sums, heldout, schedule.queries)

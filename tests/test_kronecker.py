@@ -135,6 +135,37 @@ def test_scores_are_within_their_tolerance(seed, tolerance):
     assert error <= tolerance
 
 
+@settings(max_examples=4)
+@given(seed=st.integers(0, 2**31), tolerance=st.sampled_from([0.2, 0.05, 0.01]))
+def test_layers_with_shared_weights_are_scored_at_the_coordinates_that_matter(seed, tolerance):
+    a, b, c = jr.split(jr.key(seed), 3)
+    ids, y = jr.randint(b, (80, 5), 0, 9), jr.randint(c, (80,), 0, C)
+    risk = ix.EmpiricalRisk((ids[:60], y[:60]), ix.SoftmaxCrossEntropy(), l2=1e-2)
+    model, queries = Tokens(a), (ids[60:], y[60:])
+    exact = ix.influence(risk, model, ix.EKFAC(damping=1e-2))
+    near = ix.influence(risk, model, ix.EKFAC(damping=1e-2, tolerance=tolerance))
+    blocks = near.response.factored.blocks
+    assert any(block.kept is not None for block in blocks)
+    scores = np.asarray(exact(queries))
+    assert np.linalg.norm(near(queries) - scores) <= 2 * tolerance * np.linalg.norm(scores)
+    np.testing.assert_allclose(ix.self_influence(near), ix.self_influence(exact), rtol=1e-12)
+
+    # Whatever the way, the inverse is the same: its coordinates that are not kept are zeros.
+    for block in blocks:
+        if block.kept is not None:
+            flat = np.zeros(block.layer.size)
+            flat[block.kept] = np.ravel(block.inverse)[block.kept]
+            np.testing.assert_array_equal(np.ravel(block.scored_inverse), flat)
+    want = near(queries)
+    for dense in ("dense per layer, by factors", "dense per layer, by gradients in its eigenbasis"):
+        way = Layered(ways=(dense,) * len(blocks))
+        score = lambda q, way=way: way.columns(
+            near.response, way.prepare(near.response, near.measurement, q), None
+        )
+        got = jax.jit(jax.vmap(score))(queries)[:, 0]
+        np.testing.assert_allclose(got, want, atol=1e-11 * float(jnp.abs(want).max()))
+
+
 def test_the_automatic_damping_is_the_least_that_keeps_the_dimension_below_n():
     risk, model, _ = problem()
     few = ix.EmpiricalRisk((risk.data[0][:6], risk.data[1][:6]), risk.loss, l2=1e-6)

@@ -76,7 +76,7 @@ def test_the_engine_does_what_the_plan_says(name, rows, chunk_size, monkeypatch)
     queries = take(wide_problem()[2], rows)
     planned = ix.plan(f, queries)
     done = set()
-    for cls in (layered.Terms, layered.Factors, layered.Gradients):
+    for cls in (layered.Terms, layered.Coordinates, layered.Factors, layered.Gradients):
         products = cls.products
 
         def spied(self, block, rows, products=products, cls=cls):
@@ -105,6 +105,8 @@ def test_the_engine_does_what_the_plan_says(name, rows, chunk_size, monkeypatch)
     for row in planned.rows:
         if "rank one" in row.way:
             said.add(("Terms", row.parameters))
+        elif "coordinates" in row.way:
+            said.add(("Coordinates", row.parameters))
         elif "by factors" in row.way:
             said.add(("Factors", row.parameters))
         elif "by gradients" in row.way:

@@ -20,6 +20,7 @@ from .base import AbstractCurvature, least_penalty
 from .fisher import Fisher
 from .kronecker import EigenBlock, Kronecker
 from .low_rank import low_rank
+from .truncated import truncated
 
 # More examples at a time than this are no faster: their rows no longer fit a processor's cache.
 _CHUNK = 512
@@ -85,7 +86,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
             _check_positive(block)
         if self.tolerance > 0:
             once = applied_once(ruled(risk, self.rules), model)
-            blocks = [low_rank(b, self.tolerance) if o else b for b, o in zip(blocks, once)]
+            blocks = [_near(*parts, self.tolerance) for parts in zip(blocks, penalties, once)]
         return _kronecker(model, blocks, self.rules)
 
     def lower_end(self, risk, model):
@@ -115,9 +116,10 @@ class KFAC(AbstractKroneckerFactored):
       tr F(F + diag l2 + λI)⁻¹ is at most n: one direction a point, a rule of thumb (K outputs may
       decide up to nK), held to retraining in `docs/how-to-choose.md`.
     - `tolerance`: relative root mean square error aimed at for a layer's scores, 0 for none: layers
-      applied once an example are then scored by few products of small matrices (theory: §4). A target,
-      met where coordinates of gradients are uncorrelated (P13e), not a bound; `self_influence` and the
-      scales of `relative` stay exact.
+      applied once an example are then scored by few products of small matrices (theory: §4), others by
+      the coordinates of their eigenbasis that outweigh l2 and damping. A target, met where coordinates
+      of gradients are uncorrelated (P13e), not a bound; `self_influence` and the scales of `relative`
+      stay exact.
     - `sharing`: `"expand"` takes places of a shared W as independent; `"reduce"` takes the mean
       activation and the summed gradient instead (cheaper, for features that are averaged later).
     - `rules`: {layer type: fn(layer, *args)} for layers whose program influx cannot read, such as custom
@@ -197,6 +199,13 @@ def _checked_tolerance(tolerance: float) -> float:
             f"`tolerance` is a relative error in [0, 1), got {tolerance!r}. 0 is exact, 0.05 fast."
         )
     return float(tolerance)
+
+
+def _near(block: EigenBlock, penalties, once: bool, tolerance: float) -> EigenBlock:
+    """The block with its inverse as few terms, where gradients are outer products and terms are few, or
+    else at few coordinates."""
+    terms = low_rank(block, tolerance) if once else block
+    return truncated(block, penalties, tolerance) if terms.terms is None else terms
 
 
 def applied_once(risk: EmpiricalRisk, model: Model) -> list[bool]:
@@ -355,8 +364,9 @@ def _squares(layer: Layer, rows: Rows, weights):
         left = jnp.sum(jnp.square(rows.left[:, :, :, 0]), axis=1)  # [b, S, l]
         right = jnp.square(rows.right[:, 0, :, 0])
         return einsum("b,bsl,bsr->slr", weights, left, right)
-    gradients = einsum("bkstl,bkstr->bkslr", rows.left, _repeat(rows.right, rows.left.shape[1]))
-    return einsum("b,bkslr->slr", weights, jnp.square(gradients))
+    left = jnp.sqrt(weights)[:, None, None, None, None] * rows.left
+    gradients = einsum("bkstl,bkstr->bkslr", left, _repeat(rows.right, rows.left.shape[1]))
+    return jnp.sum(jnp.square(gradients), axis=(0, 1))
 
 
 def _repeat(right, k: int):

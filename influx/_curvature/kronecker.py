@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .._misc import einsum
 from .._taps import Layer, Rows, Rules
@@ -17,8 +17,9 @@ class EigenBlock(eqx.Module):
     """H of one layer: (Q_l ⊗ Q_r) diag(values) (Q_l ⊗ Q_r)ᵀ on matrices [S, l, r], ∇²Ω contained.
 
     A basis of `None` is the identity. `scales` are the eigenvalues of the two factors: the mean squares
-    of the gradients' factors in the eigenbasis. `terms` are weights p, q [S, ρ, ·] with Σ_ρ p ⊗ q near
-    1/(values + λ), `None` where the inverse is used as it is.
+    of the gradients' factors in the eigenbasis. Scores take 1/(values + λ) as it is, or, within a
+    `tolerance`, by `terms`, weights p, q [S, ρ, ·] with Σ_ρ p ⊗ q near it, or only at the coordinates
+    `kept` of the S·l·r.
     """
 
     layer: Layer = eqx.field(static=True)
@@ -28,11 +29,22 @@ class EigenBlock(eqx.Module):
     damping: Float[Array, ""]
     scales: tuple[Float[Array, "S l"], Float[Array, "S r"]]
     terms: tuple[Float[Array, "S k l"], Float[Array, "S k r"]] | None = None
+    kept: Int[Array, " c"] | None = None
 
     @property
     def inverse(self) -> Float[Array, "S l r"]:
         """The eigenvalues of (H + λI)⁻¹."""
         return 1 / (self.values + self.damping)
+
+    @property
+    def scored_inverse(self) -> Float[Array, "S l r"]:
+        """What scores take in its place."""
+        if self.terms is not None:
+            return einsum("sul,sur->slr", *self.terms)
+        if self.kept is not None:
+            flat = self.inverse.reshape(-1)
+            return jnp.zeros_like(flat).at[self.kept].set(flat[self.kept]).reshape(self.layer.shape)
+        return self.inverse
 
     @property
     def solve_flops(self) -> float:
@@ -108,6 +120,16 @@ class Kronecker(AbstractFactored):
             )
 
         return matvec
+
+    @property
+    def scored_inverse(self) -> Float[Array, "S l r"]:
+        """What scores take in its place."""
+        if self.terms is not None:
+            return einsum("sul,sur->slr", *self.terms)
+        if self.kept is not None:
+            flat = self.inverse.reshape(-1)
+            return jnp.zeros_like(flat).at[self.kept].set(flat[self.kept]).reshape(self.layer.shape)
+        return self.inverse
 
     @property
     def solve_flops(self):

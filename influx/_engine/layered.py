@@ -79,6 +79,18 @@ class Gradients(AbstractPrepared):
         return einsum("kslr,bslr->kb", self.matrix, gradients)
 
 
+class Coordinates(AbstractPrepared):
+    """(H + λI)⁻¹∇m of a layer at the coordinates that its block keeps."""
+
+    values: Float[Array, "k c"]
+    size: Float[Array, " k"]
+
+    def products(self, block, rows):
+        rows = jax.vmap(block.rotate_rows)(rows)
+        gradients = jax.vmap(lambda row: _gradient(block.layer, row)[0])(rows)
+        return einsum("kc,bc->kb", self.values, _at(gradients, block.kept))
+
+
 # The ways of a layer whose gradients are not scored by few terms, and what they are called.
 _DENSE = {
     "dense per layer, by factors": (Factors, False),
@@ -96,6 +108,8 @@ class Layered(AbstractScoring):
     - *terms*: where the layer is applied once an example, for query and training point, gradients are
       rank one, g ⊗ a, and Σ_kl ĝ_ik ĝ_jk R_kl â_il â_jl with R = 1/(Λ + λ) is, for R ≈ Σ_ρ p ⊗ q, a
       sum of ρ products of two small Gram matrices (theory: §4).
+    - *coordinates*: where only some coordinates of the eigenbasis matter, the query's and the training
+      point's gradients there: a product of two short vectors.
     - *dense*: else the query's H⁻¹∇m as a matrix, times the factors of a training point's gradient or
       that gradient itself; in the parameters' basis, where a query is rotated back, or in the
       layer's eigenbasis, where training points are rotated as well.
@@ -115,7 +129,8 @@ class Layered(AbstractScoring):
         one = take(response.risk.data, 0)
         m, z = jax.eval_shape(of_query, query), jax.eval_shape(of_loss, one)
         both = cost_of(lambda q, z: (of_query(q), of_loss(z)), query, one)
-        passes = Piece(("all layers",), "activations and output gradients", both)
+        rows = "activations and output gradients"
+        passes = Piece(("all layers",), rows, both, passing=both.live.query)
         blocks = _kronecker(response).blocks
         choices = tuple(_choices(block, *rows) for block, rows in zip(blocks, zip(m, z)))
         return (
@@ -189,6 +204,8 @@ def _ways(block: EigenBlock, rows: Rows) -> list[str]:
     inverse, so that scores do not depend on which it is."""
     if block.terms is not None and rows.is_rank_one:
         return [f"rank one, {block.terms[0].shape[1]} terms", *_DENSE]
+    if block.kept is not None:
+        return [f"{block.kept.size} of {block.layer.size} coordinates", *_DENSE]
     return list(_DENSE)
 
 
@@ -208,8 +225,8 @@ def _shapes(tree):
 
 
 @functools.lru_cache(maxsize=4096)
-def _cost(way: str, structure, structs) -> tuple[Cost, float]:
-    """What a layer's scores cost, and the bytes that a query keeps for them."""
+def _cost(way: str, structure, structs) -> tuple[Cost, float, float]:
+    """What a layer's scores cost, and the bytes that a query keeps for them and takes in passing."""
     block, m, g = jtu.tree_unflatten(structure, structs)
 
     def score(m, g, block):
@@ -218,7 +235,8 @@ def _cost(way: str, structure, structs) -> tuple[Cost, float]:
 
     ready = jax.eval_shape(lambda m, block: _prepared(block, m, way), m, block)
     held = sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(ready))
-    return cost_of(score, m, g, block), held
+    cost = cost_of(score, m, g, block)
+    return cost, held, max(0.0, cost.live.query - held)
 
 
 def _kronecker(response) -> Kronecker:
@@ -269,18 +287,23 @@ def _as_rows(gradient: Float[Array, "k S l r"]) -> Rows:
 
 
 def _prepared(block: EigenBlock, rows: Rows, way: str) -> AbstractPrepared:
-    few = block.terms if rows.is_rank_one else None
-    if way not in _DENSE:
-        assert few is not None
+    if way not in _DENSE and block.terms is not None:
         left, right = _rank_one(block.rotate_rows(rows))
-        p, q = few
+        p, q = block.terms
         size = einsum("ksl,slr,sr->k", jnp.square(left), block.inverse, jnp.square(right))
         return Terms(left[:, :, None, :] * p[None], right[:, None, :] * q, size)
-    kind, rotated = _DENSE[way]
     inside = _in_eigenbasis(block, rows)
     size = jnp.sum(jnp.square(inside) * block.inverse[None], axis=(1, 2, 3))
-    solved = inside * (block.inverse if few is None else einsum("sul,sur->slr", *few))[None]
+    exact = block.terms is not None and not rows.is_rank_one
+    solved = inside * (block.inverse if exact else block.scored_inverse)[None]
+    if way not in _DENSE:
+        return Coordinates(_at(solved, block.kept), size)
+    kind, rotated = _DENSE[way]
     return kind(solved if rotated else block.rotate_back(solved), size, rotated)
+
+
+def _at(matrices: Float[Array, "k S l r"], kept) -> Float[Array, "k c"]:
+    return jnp.take(matrices.reshape(matrices.shape[0], -1), kept, axis=1)
 
 
 def _in_eigenbasis(block: EigenBlock, rows: Rows) -> Float[Array, "k S l r"]:
@@ -318,5 +341,5 @@ def _own(block: EigenBlock, m: Rows, g: Rows, power: int) -> Float[Array, " k"]:
     if m.is_rank_one and g.is_rank_one:
         (lm, rm), (lg, rg) = _rank_one(block.rotate_rows(m)), _rank_one(block.rotate_rows(g))
         return einsum("ksl,slr,sr->k", lm * lg, by, rm * rg)
-    rotated = [block.rotate(_gradient(block.layer, rows)) for rows in (m, g)]
+    rotated = [_in_eigenbasis(block, rows) for rows in (m, g)]
     return jnp.sum(rotated[0] * rotated[1] * by[None], axis=(1, 2, 3))

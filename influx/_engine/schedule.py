@@ -20,12 +20,14 @@ _STEP = 1e7
 @dataclass(frozen=True)
 class Piece:
     """A part of the work: of which parameters (`paths`), in which `way`, at what cost. `held` are the
-    bytes a query keeps ready for it, which every chunk of training points reads again."""
+    bytes a query keeps ready for it, which every chunk of training points reads again; `passing` those
+    it takes only while it is made ready."""
 
     paths: tuple[str, ...]
     way: str
     cost: Cost
     held: float = 0.0
+    passing: float = 0.0
 
     def total(self, parts: Parts, m: int, n: int, q: int) -> float:
         """An amount for m queries, q at a time: what is a point's own is computed again each time."""
@@ -60,11 +62,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What was chosen: by whom scores are taken, `queries` and `points` at a time, what each part costs,
-    and an estimate of the bytes of temporaries."""
+    """What was chosen: by whom scores are taken, `queries` and `points` at a time, the queries made
+    ready `prepared` at a time, what each part costs, and an estimate of the bytes of temporaries."""
 
     scorer: Any
     queries: int
+    prepared: int
     points: int
     rows: tuple[Row, ...]
     work: float
@@ -110,21 +113,29 @@ def _settled(one: Alternative, limits, m: int, n: int, q: int, scores: Cost) -> 
     work = lambda p: p.flops(m, n, q) + BALANCE * p.moved(m, n, q, min(n, MOST_POINTS))
     chosen = tuple(min(pieces, key=work) for pieces in one.layers)
     pieces = (*one.shared, *chosen)
-    live = scores.live
+    live, passing = scores.live, sum(piece.passing for piece in pieces)
     for piece in pieces:
         live = live.plus(piece.cost.live)
-    b = _points(live, limits, n, q)
-    rows = tuple(Row(p.paths, p.way, p.flops(m, n, q), p.moved(m, n, q, b)) for p in pieces)
+    held = live.query - passing
+    b, p = _points(held, live, limits, n, q), _prepared(held, passing, limits, q)
+    rows = tuple(Row(r.paths, r.way, r.flops(m, n, q), r.moved(m, n, q, b)) for r in pieces)
     total = sum(row.flops + BALANCE * row.bytes for row in rows)
-    total += _STEP * len(pieces) * -(-m // q) * -(-n // b)
-    scorer = one.settle(tuple(p.way for p in chosen), b)
-    return Schedule(scorer, q, b, rows, total, live.at(q, b))
+    total += _STEP * len(pieces) * (-(-m // q) * -(-n // b) + -(-m // p))
+    scorer = one.settle(tuple(r.way for r in chosen), b)
+    peak = live.fixed + q * held + max(p * passing, b * (live.point + q * live.pair))
+    return Schedule(scorer, q, p, b, rows, total, peak)
 
 
-def _points(live: Parts, limits: Limits, n: int, q: int) -> int:
+def _prepared(held: float, passing: float, limits: Limits, q: int) -> int:
+    """How many queries are prepared at a time (at least one)."""
+    room = limits.bytes - q * held
+    return even_length(q, max(1, int(room // max(1.0, passing))))
+
+
+def _points(held: float, live: Parts, limits: Limits, n: int, q: int) -> int:
     """How many training points fit beside q queries (at least one)."""
     if limits.chunk_size is not None:
         return even_length(n, limits.chunk_size)
-    room = limits.bytes - live.fixed - q * live.query
+    room = limits.bytes - live.fixed - q * held
     each = max(1.0, live.point + q * live.pair)
     return even_length(n, max(1, min(MOST_POINTS, int(room // each))))

@@ -1,0 +1,30 @@
+"""The inverse eigenvalues of a layer at few coordinates, so that scores are sums over those."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .kronecker import EigenBlock
+
+
+def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: float) -> EigenBlock:
+    r"""The block with the fewest coordinates `kept` of its eigenbasis that scores need.
+
+    A score is Σ_c ĝ_ic ĝ_jc R_c over coordinates c, with R = 1/(values + λ). If these are
+    uncorrelated its mean square is Σ_c Λ_c² R_c², Λ = values − penalties the mean squares of ĝ_c.
+    Where damping or penalty outweighs Λ_c a coordinate hardly counts. Those that count least are left
+    out: their share is the squared relative root mean square error of scores, kept below `tolerance`².
+    A gradient need not be an outer product: W may be shared between places.
+    """
+    curved = np.maximum(np.asarray(block.values - penalties, np.float64), 0)
+    weights = np.square(curved * np.asarray(block.inverse, np.float64)).ravel()
+    order = np.argsort(-weights, kind="stable")
+    left = np.append(
+        np.cumsum(weights[order][::-1])[::-1], 0.0
+    )  # left[c]: what c coordinates leave out
+    count = max(1, int(np.argmax(left <= tolerance**2 * left[0])))
+    if 2 * count > weights.size:  # to pick them would cost more than they save
+        return block
+    kept = jnp.asarray(np.sort(order[:count]), jnp.int32)
+    return eqx.tree_at(lambda b: b.kept, block, kept, is_leaf=lambda x: x is None)
