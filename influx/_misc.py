@@ -103,15 +103,17 @@ def chunked_map(fn, xs: PyTree, chunk: int) -> PyTree:
 def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
     """`sum(fn(block) for block in blocks of xs)`, `fn` taking rows [b, ...] and answering a sum."""
     n = leading_length(xs)
-    full = n // chunk
-    if full <= 1 and chunk >= n:
+    if chunk >= n:
         return fn(xs)
-    blocks = jtu.tree_map(lambda x: x[: full * chunk].reshape(full, chunk, *x.shape[1:]), xs)
-    first = fn(take(blocks, 0))
+    size = even_length(n, chunk)
+    full = n // size
+    blocks = jtu.tree_map(lambda x: x[: full * size].reshape(full, size, *x.shape[1:]), xs)
+    zeros = lambda struct: jnp.zeros(struct.shape, struct.dtype)
+    start = jtu.tree_map(zeros, jax.eval_shape(fn, take(blocks, 0)))
     add = lambda total, block: (jtu.tree_map(jnp.add, total, fn(block)), None)
-    total, _ = jax.lax.scan(add, first, take(blocks, slice(1, None)))
-    if full * chunk < n:
-        total = jtu.tree_map(jnp.add, total, fn(take(xs, slice(full * chunk, None))))
+    total, _ = jax.lax.scan(add, start, blocks)
+    if full * size < n:
+        total = jtu.tree_map(jnp.add, total, fn(take(xs, slice(full * size, None))))
     return total
 
 
