@@ -81,6 +81,7 @@ def plan(f: Influence, queries: PyTree[Array]) -> Plan:
     | way | is |
     |---|---|
     | `rank one, ρ terms` | products of small matrices: layers applied once an example, `tolerance` |
+    | `c of N coordinates` | gradients at the few that matter: layers with shared weights, `tolerance` |
     | `dense per layer, by factors` | a layer's H⁻¹∇m as a matrix, times output gradients, activations |
     | `dense per layer, by gradients` | the same, times each training point's gradient, formed |
     | `… in its eigenbasis` | training points are rotated, so that queries need not be rotated back |
