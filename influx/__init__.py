@@ -25,6 +25,8 @@ from ._diagnose import Diagnosis as Diagnosis
 from ._diagnose import diagnose as diagnose
 from ._influence import Influence as Influence
 from ._influence import influence as influence
+from ._influential_subset import InfluentialSubset as InfluentialSubset
+from ._influential_subset import most_influential_subset as most_influential_subset
 from ._loss import BinaryCrossEntropy as BinaryCrossEntropy
 from ._loss import CustomLoss as CustomLoss
 from ._loss import SoftmaxCrossEntropy as SoftmaxCrossEntropy

@@ -1,12 +1,14 @@
 """Influence = risk × response × measurement × scale × effect: the module that transforms rewrite."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._curvature import AbstractCurvature, Hessian, check_curvature
 from ._custom_types import Model, Scores
-from ._effect import AbstractEffect, Derivative
+from ._effect import AbstractEffect, Derivative, SecondOrder
 from ._engine import Schedule
 from ._measurement import AbstractMeasurement, Loss
 from ._misc import (
@@ -38,6 +40,7 @@ class Influence(eqx.Module):
     scale: AbstractScale
     effect: AbstractEffect
     masks: Float[Array, "k n"] | None
+    order: int = eqx.field(static=True, default=1)  # of groups, in the data weights
 
     def __call__(self, queries: PyTree[Array]) -> Scores:
         """Scores of all pairs.
@@ -152,4 +155,6 @@ def scheduled(
     query = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), queries)
     kept = f.risk.n if kept is None else kept
     limits = f.response.limits if limits is None else limits
+    if f.masks is not None and f.order == 2:
+        f = replace(f, effect=SecondOrder(f.effect, f.masks), masks=None)
     return f.effect.scheduled(f, query, leading_length(queries), kept, limits)

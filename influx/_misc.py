@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -148,6 +149,13 @@ def check_damping(damping: ScalarLike) -> Scalar:
             "Use damping=0. for the plain inverse, or a positive number such as 1e-3."
         )
     return damping if isinstance(damping, jax.Array) else np.asarray(damping, float)
+
+
+def two_derivatives(fn: Callable[[Array], PyTree], dtype) -> tuple[PyTree, PyTree]:
+    """f′(0) and f″(0) of a function of one number: forward mode, nested."""
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    slope = lambda e: jax.jvp(fn, (e,), (one,))[1]
+    return jax.jvp(slope, (zero,), (one,))
 
 
 def dot(a: Array, b: Array) -> Array:

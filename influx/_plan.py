@@ -89,6 +89,7 @@ def plan(f: Influence, queries: PyTree[Array]) -> Plan:
     | `forward mode` | the derivative of all losses in the direction H⁻¹∇m: few queries |
     | `a solve, per step` | of an iterative solver, whose number of steps nobody knows beforehand |
     | `one Newton step a point, …` | `removal(f, "newton")`, without the solves inside it |
+    | `second order of a group, …` | `groups(f, masks, order=2)`, the same; points are groups then |
 
     The engine calls the same function, so that it does what the plan says. Ways give the same scores,
     to rounding; the cheapest is taken by flops + 27 × bytes, 27 being the flops that two cores make in

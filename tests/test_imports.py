@@ -12,7 +12,8 @@ ORDER = (
     "_custom_types", "_extras", "_agreement", "_misc", "_loss", "_data", "_risk", "_validate",
     "_restriction", "_gradients", "_jacobian", "_solver", "_train", "_truth", "_measurement",
     "_taps", "_curvature", "_engine", "_response", "_scale", "_effect", "_influence", "_transform",
-    "_coverage", "_plan", "_memorization", "_value", "_removal", "_top_k", "_certify",
+    "_coverage", "_plan", "_memorization", "_value", "_removal", "_top_k", "_influential_subset",
+    "_certify",
     "_restriction_bound", "_diagnose", "testing", "plot", "extend", "_demo", "cli",
 )  # fmt: skip
 BLIND = {

@@ -22,6 +22,14 @@ class AbstractEffect(eqx.Module):
         """f with its response scheduled for that many queries like this one (see there)."""
 
     @abc.abstractmethod
+    def lost(self, f: Influence, masks: Float[Array, "k n"]) -> Float[Array, "k n"]:
+        """The data weights that groups of points lose; `ValueError` where an effect is of single points."""
+
+    @abc.abstractmethod
+    def of_change(self, f: Influence, change: Float[Array, "*a"]) -> Float[Array, "*a"]:
+        """The score of a group whose loss of weight changes m by that much."""
+
+    @abc.abstractmethod
     def prepare(self, f: Influence, query: PyTree[Array]) -> Any:
         """What one query needs once, whatever the training points."""
 

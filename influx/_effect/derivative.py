@@ -21,6 +21,12 @@ class Derivative(AbstractEffect):
         response, schedule = f.response.scheduled(f.measurement, query, queries, kept, limits)
         return replace(f, response=response), schedule
 
+    def lost(self, f, masks):
+        return masks
+
+    def of_change(self, f, change):
+        return -f.risk.n * change
+
     def prepare(self, f, query):
         shape = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), query).shape
         return Prepared(f.response.prepare(f.measurement, query), shape)

@@ -16,6 +16,12 @@ class FirstOrder(AbstractEffect):
     def scheduled(self, f, query, queries, kept, limits):
         return Derivative().scheduled(f, query, queries, kept, limits)
 
+    def lost(self, f, masks):
+        return f.risk.weights[None] * masks
+
+    def of_change(self, f, change):
+        return change
+
     def prepare(self, f, query):
         return Derivative().prepare(f, query)
 
@@ -45,6 +51,15 @@ class Newton(AbstractEffect):
         kept = max(1, m.size) * kept
         schedule = choose((way,), limits, queries, f.risk.n, kept, m.dtype)
         return replace(f, effect=schedule.scorer), schedule
+
+    def lost(self, f, masks):
+        raise ValueError(
+            "Newton removals of single points do not add up to that of a group. Use "
+            '`removal(groups(f, masks, order=2), "first-order")`, or retrain with `leave_subset_out`.'
+        )
+
+    def of_change(self, f, change):
+        return self.lost(f, change)
 
     def prepare(self, f, query):
         return query, _outcome(f, f.response.settle(), query)

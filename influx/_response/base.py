@@ -71,6 +71,14 @@ class AbstractResponse(eqx.Module):
         leaves of the slope to first order."""
 
     @abc.abstractmethod
+    def check_path(self) -> None:
+        """Raise `ValueError` where `path` is not defined."""
+
+    @abc.abstractmethod
+    def path(self, lost: Float[Array, " n"]) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
+        """θ′ and θ″ at ε = 0 of θ(ε), the minimiser under the data weights w − ε·lost."""
+
+    @abc.abstractmethod
     def settle(self) -> Float[Array, " P"]:
         """δ₀ = −H⁻¹∇J(θ̂): the Newton step with every point kept; 0 at a stationary point."""
 

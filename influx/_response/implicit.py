@@ -7,7 +7,7 @@ from .._custom_types import Model
 from .._engine import AbstractScoring, Layered, PerExample, choose
 from .._gradients import risk_gradient
 from .._jacobian import AbstractJacobian, output_jacobian
-from .._misc import Limits, take
+from .._misc import Limits, ravel, take, two_derivatives
 from .._risk import EmpiricalRisk
 from .base import AbstractResponse
 
@@ -80,6 +80,26 @@ class Implicit(AbstractResponse):
 
     def newton_steps(self, indices):
         return _newton_steps(self, indices)
+
+    def check_path(self):
+        pass
+
+    def path(self, lost):
+        r"""By differentiating the slope F(ε) = ∇J(θ(ε); w − ε·lost), which stays what it is, twice:
+
+            H θ′ = ∇K,    H θ″ = 2∇²K θ′ − ∇³J[θ′, θ′],    K = (1/n) Σ lostᵢ ℓᵢ.
+
+        The right side of the second is −F″(0) along the straight line θ̂ + εθ′. With λ > 0 the minimiser
+        is that of J + ½λ‖θ − θ̂‖².
+        """
+        theta, rebuild = ravel(self.model)
+        lost_risk = lambda t: self.risk.mean(self.risk.losses(rebuild(t)), lost)
+        first = self.factored.solve(jax.grad(lost_risk)(theta))
+        slope = lambda e: risk_gradient(
+            self.risk, rebuild(theta + e * first), self.risk.weights - e * lost
+        )
+        _, bend = two_derivatives(slope, theta.dtype)
+        return first, -self.factored.solve(bend)
 
     def settle(self):
         return -self.factored.solve(risk_gradient(self.risk, self.model))

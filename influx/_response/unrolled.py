@@ -139,6 +139,17 @@ class TrainingRun(AbstractResponse):
     def newton_steps(self, indices):
         return self.check_displace()
 
+    def check_path(self):
+        raise ValueError(
+            "The second order of a group needs a curvature, and an unrolled response has none. Use "
+            "`groups(f, masks)`, the first order, or retrain with `leave_subset_out(risk, model0, "
+            "trainer, masks=1 - masks)`; with a curvature at the trained model: "
+            "`influence(risk, f.model, GaussNewton())`."
+        )
+
+    def path(self, lost):
+        return self.check_path()
+
     def settle(self):
         return self.check_displace()
 

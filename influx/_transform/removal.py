@@ -37,6 +37,6 @@ def removal(f: Influence, kind: Literal["first-order", "newton"] = "first-order"
         if f.masks is not None:
             raise ValueError(
                 "A Newton step removes single points. For groups use "
-                '`removal(groups(f, masks), "first-order")`, or retrain with `leave_subset_out`.'
+                '`removal(groups(f, masks, order=2), "first-order")`, or retrain with `leave_subset_out`.'
             )
     return replace(f, effect=effects[kind]())
