@@ -21,7 +21,8 @@ class Plan(eqx.Module):
     """What `plan` answers. `str(plan)` is a plain table.
 
     - `rows`: the steps, layer by layer where layers are scored by themselves
-    - `queries`, `training_points`: how many are worked on at a time, of `shape` [m, n] in all
+    - `queries`, `training_points`: how many are worked on at a time, of `shape` [m, n] in all; under
+      `groups(f, masks, order=2)` groups take the place of training points (`columns` says so)
     - `peak_bytes`: an estimate of the temporaries, kept below `memory`; the scores themselves,
       `score_bytes`, come on top
     """
@@ -33,6 +34,7 @@ class Plan(eqx.Module):
     peak_bytes: float
     memory: int
     score_bytes: float
+    columns: str = "training points"
 
     @property
     def flops(self) -> float:
@@ -52,7 +54,7 @@ class Plan(eqx.Module):
         return "\n".join((
             *map(line, self.rows),
             line(total),
-            f"queries {m:,}, {chunks[0]:,} at a time; training points {n:,}, {chunks[1]:,} at a time",
+            f"queries {m:,}, {chunks[0]:,} at a time; {self.columns} {n:,}, {chunks[1]:,} at a time",
             f"temporaries about {si(self.peak_bytes).strip()}B of {si(self.memory).strip()}B, "
             f"scores {si(self.score_bytes).strip()}B",
         ))  # fmt: skip
@@ -104,10 +106,12 @@ def plan(f: Influence, queries: PyTree[Array]) -> Plan:
     f.measurement.check(f.risk, f.model, queries)
     _, schedule = scheduled(f, queries)
     m, n = leading_length(queries), f.risk.n
+    columns = n if f.masks is None else len(f.masks)
+    joint = f.masks is not None and f.order == 2  # then a group is what is scored, not a point
     rows = tuple(Step(row.paths, row.way, row.flops, row.bytes) for row in schedule.rows)
     value = eqx.filter_eval_shape(f.measurement, f.risk, f.model, take(queries, 0))
-    columns = n if f.masks is None else len(f.masks)
     return Plan(
-        rows, schedule.queries, schedule.points, (m, n), schedule.peak, f.response.limits.bytes,
-        float(m * max(1, value.size) * columns * value.dtype.itemsize),
+        rows, schedule.queries, schedule.points, (m, columns if joint else n), schedule.peak,
+        f.response.limits.bytes, float(m * max(1, value.size) * columns * value.dtype.itemsize),
+        "groups" if joint else "training points",
     )  # fmt: skip

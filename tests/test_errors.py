@@ -548,6 +548,8 @@ TAKES_QUERIES = {
     "top_k": lambda f, q: ix.top_k(f, q, 2),
     "restriction_bound": lambda f, q: ix.restriction_bound(f, lambda m: m.weight, q),
     "certify": ix.certify,
+    "second-order groups": lambda f, q: ix.groups(f, MASKS, order=2)(q),
+    "most_influential_subset": lambda f, q: ix.most_influential_subset(f, q, 2),
 }
 
 
@@ -654,6 +656,37 @@ VERBS = {
     ),
     "groups string": (lambda w: ix.groups(w.f, "a"), "real numbers, got <U1", r"np\.isin"),
     "groups complex": (lambda w: ix.groups(w.f, 1j * MASKS), "complex128", r"np\.isin"),
+    "groups order 3": (
+        lambda w: ix.groups(w.f, MASKS, order=3),
+        "`order` must be 1.*or 2.*got 3",
+        "leave_subset_out",
+    ),
+    "groups order boolean": (lambda w: ix.groups(w.f, MASKS, order=True), "got True", "or 2"),
+    "groups order string": (
+        lambda w: ix.groups(w.f, MASKS, order="second"),
+        "got 'second'",
+        "or 2",
+    ),
+    "subset of none": (
+        lambda w: ix.most_influential_subset(w.f, (Xq, yq), 0),
+        "1…12.*got 0",
+        "training points",
+    ),
+    "subset of too many": (
+        lambda w: ix.most_influential_subset(w.f, (Xq, yq), N + 1),
+        "1…12.*got 13",
+        "training points",
+    ),
+    "subset of a fraction": (
+        lambda w: ix.most_influential_subset(w.f, (Xq, yq), 0.1),
+        "whole number.*got 0.1",
+        "training points",
+    ),
+    "subset extreme": (
+        lambda w: ix.most_influential_subset(w.f, (Xq, yq), 2, "lower"),
+        "got 'lower'",
+        '"highest" or "lowest"',
+    ),
     "k zero": (lambda w: ix.top_k(w.f, (Xq, yq), 0), "1…12.*got 0", "sorts all"),
     "k above n": (lambda w: ix.top_k(w.f, (Xq, yq), N + 1), "1…12.*got 13", "k=12 sorts all"),
     "k float": (lambda w: ix.top_k(w.f, (Xq, yq), 2.0), "whole number.*got 2.0", "sorts all"),
@@ -860,6 +893,41 @@ COMBINATIONS = {
         lambda w: ix.removal(w.groups, "newton"),
         "removes single points",
         '"first-order".*leave_subset_out',
+    ),
+    "second order of a relative": (
+        lambda w: ix.groups(w.relative, MASKS, order=2),
+        "do not add up",
+        "without `relative`",
+    ),
+    "relative of second-order groups": (
+        lambda w: ix.relative(ix.groups(w.f, MASKS, order=2)),
+        "group has no size of its own",
+        "without `groups`",
+    ),
+    "second order of a Newton removal": (
+        lambda w: ix.groups(w.newton, MASKS, order=2),
+        "do not add up",
+        r'order=2\), "first-order".*leave_subset_out',
+    ),
+    "Newton removal of second-order groups": (
+        lambda w: ix.removal(ix.groups(w.f, MASKS, order=2), "newton"),
+        "removes single points",
+        r"order=2.*leave_subset_out",
+    ),
+    "subset of groups": (
+        lambda w: ix.most_influential_subset(w.groups, (Xq, yq), 2),
+        "its own groups",
+        "without `groups`",
+    ),
+    "subset of a relative": (
+        lambda w: ix.most_influential_subset(w.relative, (Xq, yq), 2),
+        "do not add up",
+        "without `relative`",
+    ),
+    "subset of Newton removals": (
+        lambda w: ix.most_influential_subset(w.newton, (Xq, yq), 2),
+        "do not add up",
+        '"first-order"',
     ),
     "top_k of groups": (
         lambda w: ix.top_k(w.groups, (Xq, yq), 2),

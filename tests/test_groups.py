@@ -1,7 +1,6 @@
 """Groups to second order, and the most influential subset, against retraining."""
 
 import functools
-from itertools import combinations
 
 import equinox as eqx
 import jax
@@ -55,7 +54,7 @@ def test_the_second_order_is_that_of_retraining(name):
 
 @pytest.mark.parametrize("name", ["softmax", "network"])
 def test_with_damping_it_is_the_second_order_of_the_proximal_problem(name):
-    p, risk, _, queries = problem(name)
+    p, _, _, queries = problem(name)
     masks = fractions(p.n, 2, seed=1)
     values = np.zeros((5, 2, len(p.yq)))
     for s, step in enumerate(H * np.arange(-2, 3)):
@@ -81,7 +80,7 @@ def proximal(p, w) -> np.ndarray:
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_every_curvature_stands_for_the_inverse_in_both_lines(curvature):
     """The formula in NumPy, third derivatives by differences of the Hessian."""
-    p, risk, _, queries = problem("network")
+    p, _, _, queries = problem("network")
     mask = fractions(p.n, 1, seed=2)
     inverse = np.linalg.inv(CURVATURES[curvature][1](p) + LAMBDA * np.eye(p.theta.size))
     # ∇K and ∇²K: J is linear in the weights, Ω drops out of differences.
@@ -105,8 +104,8 @@ def test_every_curvature_stands_for_the_inverse_in_both_lines(curvature):
 
 @pytest.mark.parametrize("measurement", MEASUREMENTS)
 def test_orders_commute_with_measurement_and_removal(measurement):
-    _, risk, _, queries = problem("softmax")
-    f, rewrite, masks = handle("softmax"), MEASUREMENTS[measurement], fractions(problem()[0].n)
+    p, _, _, queries = problem("softmax")
+    f, rewrite, masks = handle("softmax"), MEASUREMENTS[measurement], fractions(p.n)
     a = ix.groups(rewrite(ix.removal(f)), masks, order=2)(queries)
     assert np.array_equal(a, ix.removal(rewrite(ix.groups(f, masks, order=2)))(queries))
     assert np.array_equal(a, rewrite(ix.groups(ix.removal(f), masks, order=2))(queries))
@@ -151,4 +150,117 @@ def test_groups_do_not_depend_on_chunks(chunk_size):
     plan = ix.plan(ix.groups(parts, masks, order=2), queries)
     assert plan.score_bytes == 8 * 3 * 5
     assert plan.training_points <= chunk_size
+    assert f"; groups 5, {plan.training_points} at a time" in str(plan)
     assert "second order of a group" in plan.rows[0].way
+
+
+# --- Correlated groups of digits, and the most influential subset ----------------------------------
+
+POINTS, QUERIES, SIZE, GROUPS = 300, 40, 15, 20
+
+
+@functools.cache
+def digits():
+    X, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(X))
+    X, y = jnp.asarray(X[order] / 16), jnp.asarray(y[order])
+    risk = ix.EmpiricalRisk((X[:POINTS], y[:POINTS]), ix.SoftmaxCrossEntropy(), l2=1e-2)
+    model = ix.fit(risk, eqx.nn.Linear(64, 10, key=jr.key(0)), ix.Newton())
+    queries = X[POINTS : POINTS + QUERIES], y[POINTS : POINTS + QUERIES]
+    f = ix.removal(ix.classification(ix.influence(risk, model), "margin"))
+    return risk, model, queries, f
+
+
+@eqx.filter_jit
+def margins(model, queries):
+    logits = jax.vmap(model)(queries[0])
+    own = jnp.take_along_axis(logits, queries[1][:, None], axis=1)
+    others = jnp.arange(10)[None] != queries[1][:, None]
+    return own[:, 0] - jax.nn.logsumexp(logits, axis=1, where=others)
+
+
+def retrained(masks):
+    """The change of the queries' margins without groups of points, [m, k]."""
+    risk, model, queries, _ = digits()
+    watched = functools.partial(margins, queries=queries)
+    after = ix.leave_subset_out(risk, model, ix.Newton(), masks=1.0 - masks, outcome=watched)
+    return np.asarray(after).T - np.asarray(watched(model))[:, None]
+
+
+def one_class(rng, X, y):
+    return [rng.permutation(np.flatnonzero(y == k % 10))[:SIZE] for k in range(GROUPS)]
+
+
+def neighbours(rng, X, y):
+    centres = rng.permutation(POINTS)[:GROUPS]
+    return [np.argsort(np.linalg.norm(X - X[i], axis=1))[:SIZE] for i in centres]
+
+
+@pytest.mark.parametrize("kind", [one_class, neighbours])
+def test_second_order_is_nearer_for_correlated_groups(kind):
+    risk, _, queries, f = digits()
+    groups = kind(np.random.default_rng(3), *map(np.asarray, risk.data))
+    masks = np.array([np.isin(np.arange(POINTS), members) for members in groups], float)
+    actual = retrained(masks)
+    one, two = (np.asarray(ix.groups(f, masks, order=k)(queries)) for k in (1, 2))
+    error = lambda guess: np.mean(np.abs(guess - actual), axis=0)  # of each group
+    assert np.all(error(two) < error(one))
+    assert np.mean(error(two)) < 0.6 * np.mean(error(one))
+    rank = lambda guess: np.array([spearmanr(a, b)[0] for a, b in zip(guess, actual)])
+    assert np.mean(rank(two)) > np.mean(rank(one))
+    assert np.mean(rank(two) >= rank(one)) > 0.9
+
+
+def test_the_most_influential_subset_is_at_least_the_first_order_one():
+    _, _, queries, f = digits()
+    found = ix.most_influential_subset(f, queries, SIZE, "lowest")
+    assert found.indices.shape == found.values.shape == (QUERIES, SIZE)
+    top = ix.top_k(f, queries, SIZE).lowest
+    masks_of = lambda rows: np.array(
+        [np.isin(np.arange(POINTS), r) for r in np.asarray(rows)], float
+    )
+    masks = masks_of(found.indices)
+    assert np.all(masks.sum(axis=1) == SIZE)  # no point twice
+    whole = np.diagonal(ix.groups(f, masks, order=2)(queries))
+    np.testing.assert_allclose(found.values[:, -1], whole, rtol=1e-9)
+    actual = np.diagonal(retrained(masks))
+    other = np.diagonal(retrained(masks_of(top.indices)))
+    assert np.mean(actual <= other + 1e-9) >= 0.95
+    assert np.mean(actual < other - 1e-4) > 0.25  # and often further
+    error = np.abs(found.values[:, -1] - actual)
+    assert np.all(error < np.abs(np.diagonal(ix.groups(f, masks)(queries)) - actual))
+    assert np.median(error / np.abs(actual)) < 0.2
+
+
+@pytest.mark.parametrize("extreme", ["highest", "lowest"])
+@pytest.mark.parametrize("measurement", ["loss", "probability"])
+@pytest.mark.parametrize("effect", [lambda f: f, ix.removal], ids=["influence", "removal"])
+def test_it_takes_what_trying_every_point_takes(effect, measurement, extreme):
+    """Greedy by `groups`, every enlarged group scored at every step; weights uneven, one of them 0."""
+    p, _, _, queries = problem("network")
+    f = effect(MEASUREMENTS[measurement](handle("network")))
+    found = ix.most_influential_subset(f, queries, 4, extreme)
+    sign = 1 if extreme == "highest" else -1
+    every = lambda members: np.minimum(members[None] + np.eye(p.n), 1)
+    score = lambda masks: sign * np.asarray(ix.groups(f, masks, order=2)(queries))
+    for place in np.ndindex(found.indices.shape[:-1]):
+        members = np.zeros(p.n)
+        for index, value in zip(found.indices[place], found.values[place]):
+            scores = np.where(members > 0, -np.inf, score(every(members))[place])
+            assert int(np.argmax(scores)) == int(index)
+            np.testing.assert_allclose(sign * value, scores.max(), rtol=1e-9)
+            members[int(index)] = 1
+
+
+def test_it_may_be_of_the_mean_over_queries():
+    _, risk, _, queries = problem("softmax")
+    f = ix.classification(handle("softmax"), "probability")
+    found = ix.most_influential_subset(f, queries, risk.n, mean=True)
+    assert found.indices.shape == (3, risk.n)
+    average = lambda model, q: jnp.mean(jax.nn.softmax(jax.vmap(model)(q[0])), axis=0)
+    batch = jax.tree_util.tree_map(lambda x: x[None], queries)
+    same = ix.most_influential_subset(ix.measure(f, average), batch, risk.n)
+    assert np.array_equal(found.indices, same.indices[0])
+    np.testing.assert_allclose(found.values, same.values[0], rtol=1e-9, atol=1e-12)
+    for order in found.indices:  # all of them, the last steps with fewer left than the shortlist
+        assert sorted(order.tolist()) == list(range(risk.n))

@@ -230,6 +230,14 @@ REFUSED = {
         lambda f: ix.restriction_bound(f, lambda m: m.layers[-1], problem()[2]),
         r"`influence\(risk, f.model, Hessian\(\)\)`",
     ),
+    "second-order groups": (
+        lambda f: ix.groups(f, jnp.ones((1, N)), order=2),
+        r"`groups\(f, masks\)`, the first order.*leave_subset_out.*f.model, GaussNewton\(\)",
+    ),
+    "subset": (
+        lambda f: ix.most_influential_subset(f, problem()[2], 2),
+        r"`influence\(risk, f.model, GaussNewton\(\)\)`",
+    ),
     "coverage": (lambda f: ix.coverage(f), r"`influence\(risk, f.model, Hessian\(\)\)`"),
     "self": (lambda f: ix.self_influence(f), r"reverse run for each.*Reference"),
     **{

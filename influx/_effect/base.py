@@ -23,7 +23,7 @@ class AbstractEffect(eqx.Module):
 
     @abc.abstractmethod
     def lost(self, f: Influence, masks: Float[Array, "k n"]) -> Float[Array, "k n"]:
-        """The data weights that groups of points lose; `ValueError` where an effect is of single points."""
+        """The data weights that groups lose; `ValueError` where an effect is of single points."""
 
     @abc.abstractmethod
     def of_change(self, f: Influence, change: Float[Array, "*a"]) -> Float[Array, "*a"]:

@@ -24,8 +24,8 @@ def groups(
     influx.removal(influx.groups(f, classes, order=2))((Xq, yq))       # the change without a class
     ```
 
-    **order=1** adds up: Σᵢ maskᵢ I(i; m). It leaves out that removing a group moves the curvature, and so
-    what its other members do: it errs where they are many, or alike.
+    **order=1** adds up: Σᵢ maskᵢ I(i; m). It leaves out that removing some members moves the curvature,
+    and so what the others do: it errs where they are many, or alike.
 
     **order=2** is the Taylor series of m to second order in the data weights that the group loses. With
     v = mask (under `removal`: w ∘ mask), K = (1/n) Σ vᵢℓᵢ and θ(ε) the minimiser of J(·, w − εv),
@@ -42,9 +42,9 @@ def groups(
     *It is the series of retraining* where the curvature is H itself: `Hessian()` at a minimum, also in
     `CG` or `MINRES`, and `GaussNewton()` and `Fisher("exact")` where they equal H (outputs affine in the
     parameters). With damping λ, of retraining with ½λ‖θ − θ̂‖² added. Off a minimum, of the path on
-    which the slope ∇J stays what it is. *Any other curvature* (Gauss–Newton of a network, K-FAC, …) stands
-    for H⁻¹ in both lines, while ∇²K, ∇³J and ∇²m stay exact: the score is then a second-order correction
-    of that curvature's first order, and no series of retraining.
+    which the slope ∇J stays what it is. *Any other curvature* (Gauss–Newton of a network, K-FAC, …)
+    stands for H in both lines, while ∇²K, ∇³J and ∇²m stay exact: the score is then a second-order
+    correction of that curvature's first order, and no series of retraining.
 
     **Arguments:** `masks`: [k, n], 1 (or `True`) for members; fractional memberships are weights.
 
@@ -53,13 +53,12 @@ def groups(
     **Raises:** `ValueError` for masks of another shape, another order, an `f` under `relative` or
     `removal(f, "newton")`, which do not add up over points, and for order 2 of an unrolled response.
 
-    **Cost:** order 1, that of `f`. Order 2, per group and call: two solves, the second derivative of ∇J
-    along a line (some six gradients of the whole risk), and of m for each query. Nothing of size P × P is
-    formed; `chunk_size` counts groups here.
+    **Cost:** order 1, that of `f`. Order 2, per group and call: two solves, ∇K, the second derivative of
+    ∇J along a line, and that of m for each query. No P × P matrix is formed; `chunk_size` counts groups.
 
     **Source:** Koh, Ang, Teo & Liang, "On the Accuracy of Influence Functions for Measuring Group
-    Effects", arXiv:1905.13289; Basu, You & Feizi, "On Second-Order Group Influence Functions for Black-Box
-    Predictions", arXiv:1911.00418.
+    Effects", arXiv:1905.13289; Basu, You & Feizi, "On Second-Order Group Influence Functions for
+    Black-Box Predictions", arXiv:1911.00418.
     """
     masks = checked_masks(masks, f.risk.n, "groups")
     if is_concrete(masks) and not np.isfinite(np.asarray(masks)).all():

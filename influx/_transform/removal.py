@@ -15,7 +15,8 @@ def removal(f: Influence, kind: Literal["first-order", "newton"] = "first-order"
       where J is quadratic. Hessian and GaussNewton, also inside CG or MINRES.
 
     **Sign and unit.** Positive: removing the point *raises* m; opposite in sign to influence, and
-    smaller by n. Removal erases: 1/n and l2 stay what they were.
+    smaller by n. Removal erases: 1/n and l2 stay what they were. "first-order" of `groups(f, masks,
+    order=2)` is their change to second order.
 
     **Raises:** `ValueError` for an unknown kind, for a relative or grouped `f` (a scale has no meaning
     for a removal, and a group is no single Newton step), and for "newton" with a curvature that does
@@ -37,6 +38,7 @@ def removal(f: Influence, kind: Literal["first-order", "newton"] = "first-order"
         if f.masks is not None:
             raise ValueError(
                 "A Newton step removes single points. For groups use "
-                '`removal(groups(f, masks, order=2), "first-order")`, or retrain with `leave_subset_out`.'
+                '`removal(groups(f, masks, order=2))`, which is "first-order", or retrain with '
+                "`leave_subset_out`."
             )
     return replace(f, effect=effects[kind]())
