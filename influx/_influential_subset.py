@@ -14,10 +14,6 @@ from ._influence import Influence
 from ._misc import chunked_map, ravel
 from ._scale import Unscaled
 
-# Candidates of a step that are scored with their self term. On digits with 10 % of the labels flipped
-# (subsets of 12, 20 queries) 2 and 64 of them gave the same subsets; 1 did not.
-_SHORTLIST = 4
-
 
 class InfluentialSubset(eqx.Module):
     """What `most_influential_subset` found, for each query (and component).
@@ -37,6 +33,7 @@ def most_influential_subset(
     extreme: Literal["highest", "lowest"] = "highest",
     *,
     mean: bool = False,
+    candidates: int = 8,
 ) -> InfluentialSubset:
     r"""The `size` training points whose joint score is the highest (or lowest), found greedily.
 
@@ -56,16 +53,17 @@ def most_influential_subset(
         ∂C/∂vⱼ = (1/n) (∇ℓⱼ·(x + y) + xᵀ∇²ℓⱼ θ′),    H y = ∇²m θ′ + ∇²K x − ∇³J[x, θ′],
 
     the influence of j as it is, to first order, without the group. Each step takes the gradient at the
-    group so far, which has every pairwise term, scores the groups enlarged by each of the 4 points that
-    it puts first, self term Qⱼⱼ included, and keeps the best. The first step's gradient is `f`'s
+    group so far, which has every pairwise term, scores the groups enlarged by each of the `candidates`
+    that it puts first, self term Qⱼⱼ included, and keeps the best. The first step's gradient is `f`'s
     own score; to first order the answer would be `top_k`.
 
     **Sign.** That of `f`. Under `removal` of a margin, "lowest" is the group whose removal hurts the
     label most; under influence on a loss, "lowest" is the most helpful group.
 
     **Arguments:** `size` ≤ n; `extreme`: which end; `mean`: one group for the mean of m over all
-    queries. Exactly `size` points are taken, also where the last no longer help: read the best prefix
-    off `values`. Greedy is no proof: another group may be more extreme.
+    queries; `candidates` ≥ 1 of a step: n of them try every point, few are enough where no point
+    changes the curvature much by itself. Exactly `size` points are taken, also where the last no longer
+    help: read the best prefix off `values`. Greedy is no proof: another group may be more extreme.
 
     **Returns:** [m, size], [m, c, size] for a vector measurement; with `mean` without the m. A value is
     a prediction: check it with `leave_subset_out`.
@@ -73,20 +71,21 @@ def most_influential_subset(
     **Raises:** `ValueError` for another size or extreme, for an `f` under `relative`, `groups` or
     `removal(f, "newton")`, and for an unrolled response, which has no second order.
 
-    **Cost:** per query, component and step: that of five groups at `groups(..., order=2)`, a solve more,
-    and two passes over the training data. Linear in n.
+    **Cost:** per query, component and step: that of `candidates` + 1 groups at `groups(..., order=2)`, a
+    solve more, and two passes over the training data. Linear in n.
 
     **Source:** Yang, Jain & Wallace, "How Many and Which Training Points Would Need to be Removed to
     Flip this Prediction?", arXiv:2302.02169; Hu, Hu, Zhao & Ma, "Most Influential Subset Selection:
     Challenges, Promises, and Beyond", arXiv:2409.18153 (adaptive greedy, by retraining); Basu, You &
     Feizi, arXiv:1911.00418 (the quadratic).
     """
-    _check(f, size, extreme)
+    _check(f, size, extreme, candidates)
     f.measurement.check(f.risk, f.model, queries)
-    return _search(f, queries, int(size), 1 if extreme == "highest" else -1, bool(mean))
+    shortlist = min(int(candidates), f.risk.n)
+    return _search(f, queries, int(size), 1 if extreme == "highest" else -1, mean, shortlist)
 
 
-def _check(f: Influence, size, extreme) -> None:
+def _check(f: Influence, size, extreme, candidates) -> None:
     n = f.risk.n
     if f.masks is not None:
         raise ValueError(
@@ -98,10 +97,14 @@ def _check(f: Influence, size, extreme) -> None:
             "Relative influences of points have different units, and a group has none of its own: use "
             "an `f` without `relative`."
         )
-    whole = hasattr(size, "__index__") and not isinstance(size, bool)
-    if not whole or not 1 <= size <= n:
+    whole = lambda x: hasattr(x, "__index__") and not isinstance(x, bool)
+    if not whole(size) or not 1 <= size <= n:
         raise ValueError(
             f"`size` must be a whole number in 1…{n} (the training points), got {size!r}."
+        )
+    if not whole(candidates) or candidates < 1:
+        raise ValueError(
+            f"`candidates` must be a whole number, at least 1, got {candidates!r}. {n} try all points."
         )
     if extreme not in ("highest", "lowest"):
         raise ValueError(
@@ -112,26 +115,26 @@ def _check(f: Influence, size, extreme) -> None:
 
 
 @eqx.filter_jit
-def _search(f: Influence, queries: PyTree[Array], size: int, sign: int, mean: bool):
+def _search(f: Influence, queries: PyTree[Array], size: int, sign: int, mean: bool, shortlist: int):
     _, rebuild = ravel(f.model)
     one = lambda theta, query: f.measurement(f.risk, rebuild(theta), query)
     if mean:
         measured = lambda theta, all_: jnp.mean(jax.vmap(lambda q: one(theta, q))(all_), axis=0)
-        return _of_query(f, lambda theta: measured(theta, queries), size, sign)
-    return jax.lax.map(lambda q: _of_query(f, lambda theta: one(theta, q), size, sign), queries)
+        return _of_query(f, lambda theta: measured(theta, queries), size, sign, shortlist)
+    of_query = lambda q: _of_query(f, lambda theta: one(theta, q), size, sign, shortlist)
+    return jax.lax.map(of_query, queries)
 
 
-def _of_query(f, measured, size, sign) -> InfluentialSubset:
+def _of_query(f, measured, size, sign, shortlist) -> InfluentialSubset:
     theta, _ = ravel(f.model)
     m = jax.eval_shape(measured, theta)
     picks = jnp.eye(m.size, dtype=m.dtype).reshape(m.size, *m.shape)
-    found = jax.lax.map(
-        lambda pick: _greedy(f, lambda t: jnp.sum(pick * measured(t)), size, sign), picks
-    )
+    component = lambda pick: lambda t: jnp.sum(pick * measured(t))
+    found = jax.lax.map(lambda pick: _greedy(f, component(pick), size, sign, shortlist), picks)
     return jtu.tree_map(lambda x: x.reshape(*m.shape, size), found)
 
 
-def _greedy(f, watched, size: int, sign: int) -> InfluentialSubset:
+def _greedy(f, watched, size: int, sign: int, shortlist: int) -> InfluentialSubset:
     n = f.risk.n
     theta, _ = ravel(f.model)
     (adjoint,) = f.response.solve(jax.grad(watched)(theta)[None])
@@ -147,7 +150,6 @@ def _greedy(f, watched, size: int, sign: int) -> InfluentialSubset:
         best = jnp.argmax(jnp.where(members[candidates] > 0, -jnp.inf, sign * scores))
         return members.at[candidates[best]].set(1), (candidates[best], scores[best])
 
-    shortlist = min(n, _SHORTLIST)
     _, (indices, values) = jax.lax.scan(step, jnp.zeros_like(share), None, size)
     return InfluentialSubset(indices, values)
 

@@ -682,6 +682,11 @@ VERBS = {
         "whole number.*got 0.1",
         "training points",
     ),
+    "subset candidates": (
+        lambda w: ix.most_influential_subset(w.f, (Xq, yq), 2, candidates=0),
+        "at least 1, got 0",
+        "12 try all points",
+    ),
     "subset extreme": (
         lambda w: ix.most_influential_subset(w.f, (Xq, yq), 2, "lower"),
         "got 'lower'",

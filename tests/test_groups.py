@@ -140,7 +140,7 @@ def test_it_is_a_quadratic_set_function():
     assert np.array_equal(score(0 * a), np.zeros((3, 1)))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 5])
+@pytest.mark.parametrize("chunk_size", [1, 2])
 def test_groups_do_not_depend_on_chunks(chunk_size):
     _, risk, model, queries = problem("network")
     masks = fractions(risk.n, 5)
@@ -156,7 +156,7 @@ def test_groups_do_not_depend_on_chunks(chunk_size):
 
 # --- Correlated groups of digits, and the most influential subset ----------------------------------
 
-POINTS, QUERIES, SIZE, GROUPS = 300, 40, 15, 20
+POINTS, QUERIES, SIZE, SUBSET, GROUPS = 300, 40, 15, 6, 20
 
 
 @functools.cache
@@ -213,14 +213,14 @@ def test_second_order_is_nearer_for_correlated_groups(kind):
 
 def test_the_most_influential_subset_is_at_least_the_first_order_one():
     _, _, queries, f = digits()
-    found = ix.most_influential_subset(f, queries, SIZE, "lowest")
-    assert found.indices.shape == found.values.shape == (QUERIES, SIZE)
-    top = ix.top_k(f, queries, SIZE).lowest
+    found = ix.most_influential_subset(f, queries, SUBSET, "lowest")
+    assert found.indices.shape == found.values.shape == (QUERIES, SUBSET)
+    top = ix.top_k(f, queries, SUBSET).lowest
     masks_of = lambda rows: np.array(
         [np.isin(np.arange(POINTS), r) for r in np.asarray(rows)], float
     )
     masks = masks_of(found.indices)
-    assert np.all(masks.sum(axis=1) == SIZE)  # no point twice
+    assert np.all(masks.sum(axis=1) == SUBSET)  # no point twice
     whole = np.diagonal(ix.groups(f, masks, order=2)(queries))
     np.testing.assert_allclose(found.values[:, -1], whole, rtol=1e-9)
     actual = np.diagonal(retrained(masks))
@@ -232,14 +232,16 @@ def test_the_most_influential_subset_is_at_least_the_first_order_one():
     assert np.median(error / np.abs(actual)) < 0.2
 
 
-@pytest.mark.parametrize("extreme", ["highest", "lowest"])
-@pytest.mark.parametrize("measurement", ["loss", "probability"])
-@pytest.mark.parametrize("effect", [lambda f: f, ix.removal], ids=["influence", "removal"])
+@pytest.mark.parametrize(
+    ("effect", "measurement", "extreme"),
+    [(lambda f: f, "loss", "highest"), (ix.removal, "probability", "lowest")],
+    ids=["influence", "removal"],
+)
 def test_it_takes_what_trying_every_point_takes(effect, measurement, extreme):
     """Greedy by `groups`, every enlarged group scored at every step; weights uneven, one of them 0."""
     p, _, _, queries = problem("network")
     f = effect(MEASUREMENTS[measurement](handle("network")))
-    found = ix.most_influential_subset(f, queries, 4, extreme)
+    found = ix.most_influential_subset(f, queries, 4, extreme, candidates=p.n)
     sign = 1 if extreme == "highest" else -1
     every = lambda members: np.minimum(members[None] + np.eye(p.n), 1)
     score = lambda masks: sign * np.asarray(ix.groups(f, masks, order=2)(queries))
