@@ -926,7 +926,7 @@ COMBINATIONS = {
     ),
     "subset of a relative": (
         lambda w: ix.most_influential_subset(w.relative, (Xq, yq), 2),
-        "do not add up",
+        "a group has none of its own",
         "without `relative`",
     ),
     "subset of Newton removals": (
