@@ -27,6 +27,11 @@ PROOF
         F = (1/n) Σ wᵢ Σ_t I⊗a_t a_tᵀ = G⊗A since G = (w̄T/n) I. Two calls are two places. Averages: the
         output is W ā, ā the mean of a_t, so F = (w̄/n) I⊗(1/w̄)Σ wᵢ āāᵀ; "reduce" sums g_t = e_k/T to e_k
         and takes ā. "Expand" has Σ a_t a_tᵀ/T ≠ āāᵀ there, unless all a_t are equal.
+    (c') The gradients in W are e_k aᵀ and b e_kᵀ, and no row has both: F = I⊗M_a + M_b⊗I, M the second
+        moments (1/n) Σ wᵢ aaᵀ. Of the two pairs (I, M_a), (M_b, I), K-FAC takes the product with the
+        partial traces of the sum, G ∝ tr(M_a) I + r M_b and A ∝ l M_a + tr(M_b) I for W of l by r. Their
+        eigenvectors are those of M_b and M_a, in which F is diagonal. Two products with one factor in
+        common, up to a multiple, have a product as their sum, and it is the one with its traces.
     (d) ‖F − Q D Qᵀ‖² = ‖QᵀFQ − D‖² is a sum of squares over entries; D touches the diagonal only, and is
         best where it equals it. K-FAC is Q D Qᵀ with D its own eigenvalues. tr Q diag(Λ) Qᵀ = tr F.
     (e) Eckart–Young–Mirsky for the weighted matrix; the rank is the least whose tail is small enough.
@@ -171,6 +176,31 @@ class Twice(eqx.Module):
         return jnp.stack([self.layer(x[0]), self.layer(x[1])])
 
 
+class Steps(eqx.Module):
+    """The layer in a scan."""
+
+    layer: eqx.nn.Linear
+
+    def __call__(self, x):
+        return jax.lax.scan(lambda carry, row: (carry, self.layer(row)), None, x)[1]
+
+
+class Vocabulary(eqx.Module):
+    table: eqx.nn.Embedding
+
+    def __call__(self, ids):
+        return jax.vmap(self.table)(ids)
+
+
+class BothWays(eqx.Module):
+    """A matrix and its transpose, on two inputs."""
+
+    weight: jax.Array
+
+    def __call__(self, x):
+        return jnp.concatenate([self.weight @ x[:3], self.weight.T @ x[3:]])
+
+
 @cache
 def models(kind: str):
     a, b = jr.split(jr.key(3))
@@ -180,18 +210,29 @@ def models(kind: str):
         "own": Places(layer, False),
         "mean": Places(layer, True),
         "twice": Twice(layer),
+        "scan": Steps(layer),
+        "convolution": eqx.nn.Conv1d(2, 2, 3, key=a),
+        "look-up": Vocabulary(eqx.nn.Embedding(TOKENS, 2, key=a)),
+        "both ways": BothWays(layer.weight),
     }
     return made[kind]
 
 
-def _regression(problem, places: int | None, outputs: tuple[int, ...]):
-    """Data of the problem's seed and weights, for the models of this module."""
+TOKENS = 5
+
+
+def _regression(problem, inputs: tuple[int, ...], outputs: tuple[int, ...], whole: bool = False):
+    """Data of the problem's seed and weights, for the models of this module; `whole`: of tokens."""
     rng = np.random.default_rng(problem.seed)
-    shape = (problem.n, 3) if places is None else (problem.n, places, 3)
-    X, y = rng.normal(size=shape) + 0.4, rng.normal(size=(problem.n, *outputs))
-    weights = jnp.asarray(problem.w)
-    data = jnp.asarray(X), jnp.asarray(y)
-    return X, ix.EmpiricalRisk(data, ix.SquaredError(), l2=problem.l2[0], weights=weights)
+    shape = (problem.n, *inputs)
+    X = rng.integers(0, TOKENS, shape) if whole else rng.normal(size=shape) + 0.4
+    y = rng.normal(size=(problem.n, *outputs))
+    return X, _risk(problem, X, y)
+
+
+def _risk(problem, X, y):
+    data, weights = (jnp.asarray(X), jnp.asarray(y)), jnp.asarray(problem.w)
+    return ix.EmpiricalRisk(data, ix.SquaredError(), l2=problem.l2[0], weights=weights)
 
 
 def _one(a: np.ndarray) -> np.ndarray:
@@ -200,7 +241,7 @@ def _one(a: np.ndarray) -> np.ndarray:
 
 def linear_network(problem, subject) -> dict[str, float]:
     seen = subject.seen(problem)
-    X, risk = _regression(seen, None, (2,))
+    X, risk = _regression(seen, (3,), (2,))
     model, w = models("stack"), problem.w
     W1, b1 = (np.asarray(x) for x in (model.first.weight, model.first.bias))
     B = np.asarray(model.last.weight)
@@ -212,25 +253,65 @@ def linear_network(problem, subject) -> dict[str, float]:
     }
 
 
+def _windows(X: np.ndarray) -> np.ndarray:
+    """[n, channels, length] ↦ [n, places, channels × 3]."""
+    windows = np.lib.stride_tricks.sliding_window_view(X, 3, axis=2)
+    return windows.swapaxes(1, 2).reshape(len(X), windows.shape[2], -1)
+
+
+# kind: inputs, outputs, the activations a_t [n, T, r], and the setting that is exact.
+SHARED = {
+    "own": ((4, 3), (4, 2), _one, "expand"),
+    "twice": ((2, 3), (2, 2), _one, "expand"),
+    "scan": ((4, 3), (4, 2), _one, "expand"),
+    "convolution": ((2, 6), (2, 4), lambda X: _one(_windows(X)), "expand"),
+    "look-up": ((4,), (4, 2), lambda ids: np.eye(TOKENS)[ids], "expand"),
+    "mean": ((4, 3), (2,), lambda X: _one(X.mean(axis=1, keepdims=True)), "reduce"),
+}
+
+
 def sharing(problem, subject) -> dict[str, float]:
-    w, n = problem.w, problem.n
     found = {}
-    for kind, places, outputs, right in (
-        ("own", 4, (4, 2), "expand"), ("twice", 2, (2, 2), "expand"), ("mean", 4, (2,), "reduce"),
-    ):  # fmt: skip
-        X, risk = _regression(subject.seen(problem), places, outputs)
-        a = _one(X)
-        each = np.einsum("nti,ntj->nij", a, a)
+    for kind, (inputs, outputs, activations, exact) in SHARED.items():
+        X, risk = _regression(subject.seen(problem), inputs, outputs, kind == "look-up")
+        a = activations(X)
+        truth = np.einsum("n,nti,ntj->ij", problem.w / problem.n, a, a)
+        want = _with_penalty(np.kron(np.eye(2), truth), problem)
+        args = subject, risk, models(kind), "kfac"
+        found[f"{kind}: {exact}"] = gap(_blocks(*args, sharing=exact)[0], want)
         if kind == "mean":
-            each = np.einsum("ni,nj->nij", a.mean(axis=1), a.mean(axis=1))
-        truth = [np.kron(np.eye(2), np.einsum("n,nij->ij", w / n, each))]
-        model = models(kind)
-        run = lambda way, risk=risk, model=model: _blocks(subject, risk, model, "kfac", sharing=way)
-        want = [_with_penalty(block, problem) for block in truth]
-        found[f"{kind}: {right}"] = gap(run(right)[0], want[0])
-        if kind == "mean":
-            found["mean: expand is not exact"] = apart(run("expand")[0], want[0], least=1e-3)
-    return found
+            expanded = _blocks(*args, sharing="expand")[0]
+            found["mean: expand is not exact"] = apart(expanded, want, least=1e-3)
+    return {**found, **both_ways(problem, subject)}
+
+
+def both_ways(problem, subject) -> dict[str, float]:
+    """(c'), with F = I⊗M_a + M_b⊗I in NumPy."""
+    seen, model, share = subject.seen(problem), models("both ways"), problem.w / problem.n
+    X, risk = _regression(seen, (5,), (5,))
+    moment = lambda x: np.einsum("n,ni,nj->ij", share, x, x)
+    sum_of = lambda X: np.kron(np.eye(2), moment(X[:, :3])) + np.kron(moment(X[:, 3:]), np.eye(3))
+    F, penalty = sum_of(X), _with_penalty(np.zeros((6, 6)), problem)
+    kfac, ekfac = (_blocks(subject, risk, model, name)[0] - penalty for name in ("kfac", "ekfac"))
+    round_a = np.linalg.cholesky(np.linalg.inv(moment(X[:, :3])))  # then M_a is I
+    isotropic = np.concatenate([X[:, :3] @ round_a, X[:, 3:]], axis=1)
+    round_risk = _risk(seen, isotropic, np.zeros((problem.n, 5)))
+    round_kfac = _blocks(subject, round_risk, model, "kfac")[0] - penalty
+    return {
+        "both ways: EK-FAC": gap(ekfac, F),
+        "both ways: partial traces": max(
+            gap(trace(kfac), trace(F)) for trace in (_over_left, _over_right)
+        ),
+        "both ways: isotropic": gap(round_kfac, sum_of(isotropic)),
+    }
+
+
+def _over_left(block: np.ndarray) -> np.ndarray:
+    return np.einsum("kikj->ij", block.reshape(2, 3, 2, 3))
+
+
+def _over_right(block: np.ndarray) -> np.ndarray:
+    return np.einsum("ikjk->ij", block.reshape(2, 3, 2, 3))
 
 
 def _blocks_gap(subject, risk, model, name, truth, problem) -> float:
@@ -288,7 +369,9 @@ def changed(change, only: str | None = None):
 
 
 def _swap(where, fn):
-    return lambda block: eqx.tree_at(where, block, fn(where(block)), is_leaf=lambda x: x is None)
+    """A basis of `None`, the identity, stays."""
+    change = lambda block: eqx.tree_at(where, block, fn(where(block)))
+    return lambda block: block if where(block) is None else change(block)
 
 
 def settings_changed(**other):

@@ -213,6 +213,72 @@ def test_a_sampled_fisher_tends_to_the_exact_one():
     assert errors[2] < 0.05 * np.linalg.norm(exact)
 
 
+class Autoencoder(eqx.Module):
+    """Tied with its own transpose."""
+
+    weight: jax.Array
+
+    def __call__(self, x):
+        return self.weight.T @ jnp.tanh(self.weight @ x)
+
+
+class TiedTable(eqx.Module):
+    """A table [3, 7] read by look-up of its columns and by a product with its transpose."""
+
+    table: jax.Array
+    product_first: bool = eqx.field(static=True)
+
+    def __call__(self, ids):
+        look_up, product = jax.vmap(lambda i: self.table.T[i]), lambda h: self.table.T @ h
+        if self.product_first:
+            shift = product(jnp.array([0.3, -1.0, 0.5]))
+            return jnp.tanh(look_up(ids)) + shift[None, :3]
+        return jax.vmap(product)(jnp.tanh(look_up(ids)))[:, :3]
+
+
+TIED = ("autoencoder", "look-up and product", "product and look-up")
+
+
+def tied(kind: str):
+    matrix, ids = jr.normal(jr.key(13), (3, 7)) / 3, jr.randint(jr.key(14), (N, 4), 0, 7)
+    if kind == "autoencoder":
+        X = jr.normal(jr.key(12), (N, 7))
+        model, data = Autoencoder(matrix), (X, X)
+    else:
+        model, data = TiedTable(matrix, kind == "product and look-up"), (ids, jnp.zeros((N, 4, 3)))
+    return ix.EmpiricalRisk(data, ix.SquaredError(), weights=problem()[0].weights), model
+
+
+def data_trace(curvature, risk, model) -> float:
+    return float(sum(jnp.sum(block.values) for block in curvature.blocks(risk, model)[0]))
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_the_size_of_a_matrix_tied_with_its_transpose_is_the_same_with_any_number_of_draws(kind):
+    risk, model = tied(kind)
+    exact = data_trace(ix.KFAC(), risk, model)
+    sampled = lambda d, seed: ix.KFAC("sampled", key=jr.key(seed), draws=d)
+    for draws in (1, 16):
+        found = [data_trace(sampled(draws, seed), risk, model) for seed in range(24)]
+        error = np.std(found, ddof=1) / np.sqrt(len(found))
+        assert abs(np.mean(found) - exact) < 4 * error < 0.3 * exact
+
+
+def test_a_tied_matrix_has_the_size_of_its_two_uses():
+    """tr(G ⊗ A) = Σ tr(G_τ) tr(A_τ): for places of their own that is the trace of the Fisher matrix."""
+    risk, model = tied("autoencoder")
+    X, w, W = (np.asarray(x) for x in (risk.data[0], risk.weights, model.weight))
+    h = np.tanh(X @ W.T)
+    back = (1 - h**2)[:, :, None] * W[None]  # ∂output/∂z of the encoder, transposed
+    share = w / N
+    encoder = np.sum(share[:, None, None] * back**2) * np.sum(w[:, None] * X**2) / w.sum()
+    decoder = 7 * np.sum(share) * np.sum(w[:, None] * h**2) / w.sum()
+    assert data_trace(ix.KFAC(), risk, model) == pytest.approx(encoder + decoder, rel=1e-12)
+    J = jax.vmap(jax.jacrev(lambda m, x: m(x)), (None, 0))(model, risk.data[0]).weight
+    F = np.einsum("n,nkp,nkp->", share, *[np.asarray(J).reshape(N, 7, -1)] * 2)
+    assert data_trace(ix.EKFAC(), risk, model) == pytest.approx(F, rel=1e-12)
+
+
 class Opaque(eqx.Module):
     """A layer whose derivative is its own, so that its program cannot be read."""
 

@@ -146,6 +146,11 @@ PROGRAMS = {
         [ONE_HOT],
     ),
     "tied": (Uses(TIED, shared), TOKENS, [KRONECKER]),
+    "tied, the product first": (
+        Uses({"w": normal(7, 3)}, lambda p, i: jnp.sin(p["w"] @ jnp.ones(3))[:4, None] * p["w"][i]),
+        TOKENS,
+        [KRONECKER],
+    ),
     "LayerNorm": (eqx.nn.LayerNorm(4), normal(4), [EXACT] * 2),
     "RMSNorm": (eqx.nn.RMSNorm(4), normal(4), [EXACT] * 2),
     "GroupNorm": (eqx.nn.GroupNorm(2, 4), normal(4, 3), [EXACT] * 2),

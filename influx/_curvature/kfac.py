@@ -108,6 +108,10 @@ class KFAC(AbstractKroneckerFactored):
     gradients. Exact for one datum where W is applied once, and for deep linear networks with squared
     error (P13). l2 that differs within a layer enters by its diagonal in the eigenbasis.
 
+    **Tied with its transpose:** where the program uses W and Wᵀ (an autoencoder, a table that reads and
+    writes tokens) each use τ has a pair of its own, and G ⊗ A is the product with the partial traces of
+    Σ_τ G_τ ⊗ A_τ: G = Σ tr(A_τ) G_τ, A = Σ tr(G_τ) A_τ / Σ tr(G_τ) tr(A_τ).
+
     **Arguments:**
 
     - `fisher`: whose gradients g are: `"exact"` (summed over all targets, one backward pass each),
@@ -221,13 +225,14 @@ def _kronecker(model: Model, blocks: list[EigenBlock], rules: Rules) -> Kronecke
     return Kronecker(tuple(blocks), tuple(leaf.shape for leaf in leaves), rules)
 
 
-def _fisher_rows(fisher: Fisher, watch: Watched, risk: EmpiricalRisk):
-    """(example, its number) ↦ the rows of the Fisher's gradients, layer by layer."""
+def _fisher_rows(fisher: Fisher, read: Callable, risk: EmpiricalRisk):
+    """(example, its number) ↦ the rows of the Fisher's gradients, layer by layer, by `read`: the
+    `rows` or the `parts` of what is watched."""
 
     def rows(example, i):
         x, y = example
         cotangents = lambda output: fisher.cotangents(risk.loss, output, y, i)
-        return watch.rows(x, cotangents)[1]
+        return read(x, cotangents)[1]
 
     return jax.vmap(rows)
 
@@ -238,7 +243,7 @@ def _examples(risk: EmpiricalRisk):
 
 def _chunk(fisher: Fisher, watch: Watched, risk: EmpiricalRisk, extra=lambda layer, rows: 0) -> int:
     """How many examples fit the byte budget."""
-    rows = _fisher_rows(fisher, watch, risk)
+    rows = _fisher_rows(fisher, watch.rows, risk)
     one = jax.eval_shape(rows, take(risk.data, slice(0, 1)), jnp.arange(1))
     items = sum(
         3 * (row.left.size + row.right.size) + extra(layer, row)
@@ -251,18 +256,49 @@ def _chunk(fisher: Fisher, watch: Watched, risk: EmpiricalRisk, extra=lambda lay
 def _factors(fisher: Fisher, sharing: str, risk: EmpiricalRisk, model):
     """The left and the right factor of each layer: the curvature is left ⊗ right."""
     watch = watched(risk, model)
-    rows = _fisher_rows(fisher, watch, risk)
+    parts = _fisher_rows(fisher, watch.parts, risk)
 
     def block(args):
         data, i, weights = args
         return [
-            _moments(layer, _shared(row, sharing), weights)
-            for layer, row in zip(watch.layers, rows(data, i))
+            [
+                _moments(layer, turn, _shared(rows, sharing), weights)
+                for turn, rows in zip(_TURNS, own)
+            ]
+            for layer, own in zip(watch.layers, parts(data, i))
         ]
 
     sums = chunked_sum(block, _examples(risk), _chunk(fisher, watch, risk))
     total = jnp.sum(risk.weights)
-    return [(left / risk.n, right / total) for left, right in sums]
+    pair = lambda turn, left, right: (left / risk.n, right / total)[::turn]
+    return [
+        _product(layer, [pair(turn, *moments) for turn, moments in zip(_TURNS, own)])
+        for layer, own in zip(watch.layers, sums)
+    ]
+
+
+# The parts of a layer's rows: places that see the matrix [S, l, r] as it is, and [S, r, l] transposed.
+_TURNS = (1, -1)
+
+
+def _product(layer: Layer, pairs):
+    """One pair (left, right) for the sum of left ⊗ right over `pairs`: the product that has the partial
+    traces of the sum,
+
+        left = Σ tr(right_τ) left_τ,   right = Σ tr(left_τ) right_τ / Σ tr(left_τ) tr(right_τ).
+    """
+    if len(pairs) == 1:
+        return pairs[0]
+    traces = [tuple(_trace(x, dense) for x, dense in zip(pair, layer.dense)) for pair in pairs]
+    total = sum(l * r for l, r in traces)
+    scaled = lambda x, c: x * c.reshape(-1, *[1] * (x.ndim - 1))
+    left = sum(scaled(left, r) for (left, _), (_, r) in zip(pairs, traces))
+    right = sum(scaled(right, l) for (_, right), (l, _) in zip(pairs, traces))
+    return left, scaled(right, 1 / jnp.where(total > 0, total, 1))
+
+
+def _trace(factor, dense: bool) -> Float[Array, " S"]:
+    return jnp.trace(factor, axis1=1, axis2=2) if dense else jnp.sum(factor, axis=1)
 
 
 def _shared(rows: Rows, sharing: str) -> Rows:
@@ -273,13 +309,15 @@ def _shared(rows: Rows, sharing: str) -> Rows:
     return Rows(left, jnp.mean(rows.right, axis=-2, keepdims=True))
 
 
-def _moments(layer: Layer, rows: Rows, weights):
+def _moments(layer: Layer, turn: int, rows: Rows, weights):
     """Σ wᵢ Σ left leftᵀ and the mean over places of right rightᵀ, of a chunk of examples."""
-    left = _second_moment(rows.left, weights, layer.dense[0])
+    of_left, of_right = layer.dense[::turn]
+    left = _second_moment(rows.left, weights, of_left)
     if rows.indexed:
-        return left, _counts(rows.right, weights, layer.shape[2]) / rows.right.shape[-1]
+        counts = _counts(rows.right, weights, layer.shape[1:][::turn][1]) / rows.right.shape[-1]
+        return left, jax.vmap(jnp.diag)(counts) if of_right else counts
     terms = rows.right.shape[1] * rows.right.shape[3]
-    return left, _second_moment(rows.right, weights, layer.dense[1]) / terms
+    return left, _second_moment(rows.right, weights, of_right) / terms
 
 
 def _second_moment(x: Float[Array, "b k S T d"], weights, dense: bool):
@@ -342,7 +380,7 @@ def _second_moments(fisher: Fisher, blocks, risk: EmpiricalRisk, model):
     """Λ = (1/n) Σ wᵢ (Q_lᵀ G Q_r)² over the Fisher's gradients G: the diagonal of the Fisher matrix in
     the eigenbasis."""
     watch = watched(risk, model)
-    rows = _fisher_rows(fisher, watch, risk)
+    rows = _fisher_rows(fisher, watch.rows, risk)
 
     def block(args):
         data, i, weights = args

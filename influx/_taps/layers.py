@@ -77,30 +77,32 @@ class Layer:
             return moved
         return jnp.concatenate([moved, leaves[self.leaves[1]].reshape(S, l, 1)], axis=-1)
 
-    def rows(self, activations, cotangents, gradients) -> Rows:
-        """The layer's gradient for one example.
+    def parts(self, activations, cotangents, gradients) -> tuple[Rows, ...]:
+        """The layer's gradient for one example: the rows of the places that see the matrix as it is,
+        and, where there are such, those of the places that see it transposed, as rows of the transposed
+        gradient. In each, `left` are cotangents and `right` activations.
 
         `activations[tap]` [S, T, r] or [S, T], `cotangents[tap]` [k, S, T, l]; `gradients[leaf]`
         [k, *shape] of the leaves without taps.
         """
         if not self.taps:
-            return self._direct(gradients[self.leaves[0]])
-        parts = [
-            self._read(activations[key], cotangents[key], swapped) for key, swapped in self.taps
-        ]
-        if len(parts) > 1:
-            k = max(part.left.shape[0] for part in parts)
-            swaps = any(swapped for _, swapped in self.taps)
-            if swaps or len({part.indexed for part in parts}) > 1:
-                parts = [_spelled_out(part, self.shape[2], k if swaps else 1) for part in parts]
-        left = jnp.concatenate([part.left for part in parts], axis=2)
-        right = jnp.concatenate([part.right for part in parts], axis=2)
-        return Rows(left, right)
+            return (self._direct(gradients[self.leaves[0]]),)
+        own = [self._read(activations[key], cotangents[key]) for key, swap in self.taps if not swap]
+        turned = [Rows(cotangents[key], activations[key][None]) for key, swap in self.taps if swap]
+        _, l, r = self.shape
+        return (_joined(own, r), _joined(turned, l)) if turned else (_joined(own, r),)
 
-    def _read(self, a: Array, g: Array, swapped: bool) -> Rows:
-        if swapped:
-            rows = _spelled_out(Rows(g, a[None]), self.shape[1], g.shape[0])
-            return Rows(rows.right, rows.left)
+    def rows(self, parts: tuple[Rows, ...]) -> Rows:
+        """All places together, as rows of the gradient of the matrix as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        own, turned = parts
+        _, l, r = self.shape
+        k = own.left.shape[0]
+        own, turned = _spelled_out(own, r, k), _spelled_out(turned, l, k)
+        return _joined([own, Rows(turned.right, turned.left)], r)
+
+    def _read(self, a: Array, g: Array) -> Rows:
         if len(self.leaves) > 1:
             a = jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), a.dtype)], axis=-1)
         return Rows(g, a[None])
@@ -111,6 +113,14 @@ class Layer:
         if r == 1:
             return Rows(left, jnp.ones((1, S, 1, 1), gradient.dtype))
         return Rows(left, jnp.broadcast_to(jnp.arange(r), (1, S, r)))
+
+
+def _joined(parts: list[Rows], width: int) -> Rows:
+    """The places of all parts, one after the other."""
+    if len({part.indexed for part in parts}) > 1:
+        parts = [_spelled_out(part, width, 1) for part in parts]
+    left = jnp.concatenate([part.left for part in parts], axis=2)
+    return Rows(left, jnp.concatenate([part.right for part in parts], axis=2))
 
 
 def _spelled_out(rows: Rows, width: int, k: int) -> Rows:

@@ -48,6 +48,13 @@ class Watched:
         self, example: PyTree[Array], cotangents: Callable[[Array], Array]
     ) -> tuple[Array, list[Rows]]:
         """The value for one example, and each layer's gradients for `cotangents(value)` [k, …]."""
+        value, parts = self.parts(example, cotangents)
+        return value, [layer.rows(part) for layer, part in zip(self.layers, parts)]
+
+    def parts(
+        self, example: PyTree[Array], cotangents: Callable[[Array], Array]
+    ) -> tuple[Array, list[tuple[Rows, ...]]]:
+        """The same, the places that see a layer's matrix transposed apart: see `Layer.parts`."""
         direct = [layer.leaves[0] for layer in self.layers if not layer.taps]
 
         def shifted(shifts, chosen):
@@ -66,4 +73,4 @@ class Watched:
         activations = {tap.key: a for tap, a in zip(taps, seen)}
         made = {tap.key: jax.vmap(tap.cotangent)(g) for tap, g in zip(taps, by_tap)}
         gradients = dict(zip(direct, by_leaf))
-        return value, [layer.rows(activations, made, gradients) for layer in self.layers]
+        return value, [layer.parts(activations, made, gradients) for layer in self.layers]
