@@ -9,6 +9,7 @@ from ._curvature import AbstractMatrixCurvature as AbstractMatrixCurvature
 from ._curvature import Factored as Factored
 from ._loss import AbstractLoss as AbstractLoss
 from ._loss import LossConstants as LossConstants
+from ._loss import eigen_root as eigen_root
 from ._measurement import AbstractMeasurement as AbstractMeasurement
 from ._measurement import AbstractOutputMeasurement as AbstractOutputMeasurement
 from ._measurement import MeasurementConstants as MeasurementConstants

@@ -166,6 +166,11 @@ def test_layers_with_shared_weights_are_scored_at_the_coordinates_that_matter(se
         np.testing.assert_allclose(got, want, atol=1e-11 * float(jnp.abs(want).max()))
 
 
+def float32(tree):
+    low = lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x
+    return jax.tree_util.tree_map(low, tree)
+
+
 def test_the_automatic_damping_is_the_least_that_keeps_the_dimension_below_n():
     risk, model, _ = problem()
     few = ix.EmpiricalRisk((risk.data[0][:6], risk.data[1][:6]), risk.loss, l2=1e-6)
@@ -211,6 +216,46 @@ def test_a_sampled_fisher_tends_to_the_exact_one():
     ]
     assert errors[2] < errors[1] < errors[0]
     assert errors[2] < 0.05 * np.linalg.norm(exact)
+
+
+WEIGHTED = {"class_weights": np.array([0.5, 2.0, 1.25]), "label_smoothing": 0.1}
+LOSSES = {
+    "class weights and smoothing": ix.SoftmaxCrossEntropy(**WEIGHTED),
+    "mean over places": ix.SoftmaxCrossEntropy(reduction="mean"),
+    "all of it": ix.SoftmaxCrossEntropy(reduction="mean", **WEIGHTED),
+    "quartic": ix.CustomLoss(lambda o, t: jnp.sum((o - t.astype(o.dtype)[..., None]) ** 4)),
+}
+
+
+class Sequence(eqx.Module):
+    """One matrix, applied once, that answers the logits of two places."""
+
+    layer: eqx.nn.Linear
+
+    def __call__(self, x):
+        return self.layer(x).reshape(2, C)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("curvature", KFACS)
+def test_of_one_datum_it_is_the_gauss_newton_matrix_whatever_the_loss(name, curvature):
+    model = Sequence(eqx.nn.Linear(3, 2 * C, key=jr.key(15)))
+    data = jr.normal(jr.key(16), (1, 3)), jnp.array([[2, 1]])
+    risk = ix.EmpiricalRisk(data, LOSSES[name], l2=0.05, weights=jnp.array([1.5]))
+    truth = np.asarray(ix.GaussNewton().matrix(risk, model)) + 1e-4 * np.eye(24)
+    got = dense(ix.influence(risk, model, curvature(damping=1e-4)))
+    np.testing.assert_allclose(got, truth, rtol=0, atol=1e-12 * np.abs(truth).max())
+    if name != "quartic":
+        other = dense(ix.influence(risk, model, curvature("exact", damping=1e-4)))
+        assert np.abs(other - truth).max() > 0.1 * np.abs(truth).max()
+
+
+def test_the_exact_fisher_of_a_plain_likelihood_is_the_gauss_newton_matrix():
+    risk, model, _ = problem()
+    want, got = (
+        dense(ix.influence(risk, model, ix.EKFAC(f, damping=0.1))) for f in ("ggn", "exact")
+    )
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.abs(want).max())
 
 
 class Autoencoder(eqx.Module):
@@ -408,12 +453,9 @@ def test_coverage_names_every_parameter():
 
 def test_float32_stays_float32_and_keeps_its_digits():
     risk, model, queries = problem()
-    low = lambda tree: jax.tree_util.tree_map(
-        lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, tree
-    )
     exact = ix.influence(risk, model, ix.EKFAC(damping=1e-2))(queries)
-    f = ix.influence(low(risk), low(model), ix.EKFAC(damping=1e-2))
-    got = f(low(queries))
+    f = ix.influence(float32(risk), float32(model), ix.EKFAC(damping=1e-2))
+    got = f(float32(queries))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, exact, atol=1e-4 * float(jnp.abs(exact).max()))
 
@@ -465,5 +507,10 @@ def test_what_does_not_combine_says_what_does():
     quartic = ix.CustomLoss(lambda o, t: jnp.sum((o - t) ** 4))
     custom_risk = ix.EmpiricalRisk((risk.data[0], jnp.zeros((N, C))), quartic, l2=0.1)
     with pytest.raises(ValueError, match="CustomLoss has no exact Fisher"):
-        ix.influence(custom_risk, model, ix.EKFAC())
+        ix.influence(custom_risk, model, ix.EKFAC("exact"))
+    assert ix.influence(custom_risk, model, ix.EKFAC()).response.factored.blocks
+    wavy = ix.CustomLoss(lambda o, t: jnp.sum(jnp.cos(3 * (o - t))))
+    wavy_risk = ix.EmpiricalRisk(custom_risk.data, wavy, l2=0.1)
+    with pytest.raises(RuntimeError, match="loss is not convex in its output"):
+        ix.influence(wavy_risk, model, ix.EKFAC())
     assert ix.influence(custom_risk, model, ix.EKFAC("empirical")).response.factored.blocks

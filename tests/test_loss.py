@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import influx as ix
-from influx._loss import AbstractLoss
+from influx._loss import AbstractLoss, eigen_root
 from influx.testing import BrokenLaw
 from tests.helpers import linear_model
 
@@ -162,6 +162,72 @@ def test_value_and_output_hessian(name, seed, spread):
     assert claimed.shape == (output.size, output.size)
     # Both lose 1 − p to rounding where the model is nearly certain.
     np.testing.assert_allclose(claimed, found, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", TABLE)
+@given(seed=seeds, spread=spreads)
+def test_a_root_of_the_output_hessian(name, seed, spread):
+    output, target = drawn(name, seed, spread)
+    *_, hessian = compiled(name)(output, target)
+    rows = compiled_root(name)(output, target)
+    assert rows.shape[1:] == output.shape
+    root = np.asarray(rows).reshape(-1, output.size)
+    size = max(1e-300, float(np.abs(hessian).max()))
+    np.testing.assert_allclose(root.T @ root, hessian, rtol=0, atol=1e-14 + 1e-13 * size)
+    if TABLE[name].targets is labels:  # a backward pass less than classes
+        assert len(rows) == output.size - output.size // output.shape[-1]
+
+
+@functools.cache
+def compiled_root(name: str):
+    root = jax.jit(lambda output, target: TABLE[name].loss.hessian_root(output, target))
+    return lambda output, target: root(jnp.asarray(output), jnp.asarray(target))
+
+
+def covariance(z: np.ndarray) -> np.ndarray:
+    """diag p − ppᵀ of logits, without differences."""
+    p = np.exp(np.asarray(z, np.longdouble) - np.max(z))
+    p = p / p.sum()
+    others = np.array([np.delete(p, j).sum() for j in range(len(p))])
+    return -np.outer(p, p) * (1 - np.eye(len(p))) + np.diag(p * others)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(seed=seeds, spread=st.sampled_from([0.1, 1.0, 8.0, 30.0]), signs=st.booleans())
+def test_the_softmax_root_is_right_to_rounding(dtype, seed, spread, signs):
+    z = spread * np.random.default_rng(seed).normal(size=6)
+    z = (100 * np.sign(z) if signs else z).astype(dtype)
+    truth, unit = covariance(z), np.finfo(dtype).eps
+    fisher, hessian = (np.asarray(x, np.longdouble) for x in softmax_roots(jnp.asarray(z)))
+    assert fisher.shape == hessian.shape == (5, 6)
+    for root in (fisher, hessian):
+        np.testing.assert_allclose(root.T @ root, truth, rtol=0, atol=4 * unit)
+    # What a model is nearly certain of keeps its digits, but for those that exp(z) loses.
+    size = np.diag(truth)
+    kept = size > 1e-30
+    error = np.abs(np.diag(hessian.T @ hessian) - size)[kept]
+    assert np.all(error <= 4 * unit * (4 + np.ptp(z)) * size[kept])
+
+
+@jax.jit
+def softmax_roots(z):
+    loss = ix.SoftmaxCrossEntropy()
+    return loss.fisher_root(z), loss.hessian_root(z, jnp.asarray(0))
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 1)])
+def test_a_softmax_of_one_class_has_a_root_of_zeros(shape):
+    loss, target = ix.SoftmaxCrossEntropy(), jnp.zeros(shape[:-1], int)
+    for root in (loss.hessian_root(jnp.ones(shape), target), loss.fisher_root(jnp.ones(shape))):
+        np.testing.assert_array_equal(root, jnp.zeros((shape[0], *shape)))
+
+
+def test_a_loss_that_is_not_convex_has_no_root():
+    loss = ix.CustomLoss(lambda o, t: jnp.sum(jnp.cos(o - t)))
+    root = jax.jit(lambda output, target: loss.hessian_root(output, target))
+    with pytest.raises(RuntimeError, match=r"not convex in its output.*sampled"):
+        root(jnp.array([0.1, 3.0]), jnp.zeros(2))
+    assert np.isfinite(root(jnp.array([3.0, 2.5]), jnp.zeros(2))).all()
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -461,6 +527,9 @@ class WithHessian(AbstractLoss):
 
     def output_hessian(self, output, target):
         return self.hessian(self.loss, output, target)
+
+    def hessian_root(self, output, target):
+        return eigen_root(self.output_hessian(output, target)).reshape(-1, *output.shape)
 
     def output_fisher(self, output):
         return self.loss.output_fisher(output)

@@ -26,7 +26,8 @@ class Fisher(AbstractMatrixCurvature):
     """The Fisher matrix by name, plus diag(l2).
 
     - `"exact"`: (1/n) Σ wᵢ E_{y ~ p(·|xᵢ)}[∇ℓ ∇ℓᵀ], the expectation summed over all targets. For a
-      plain negative log-likelihood it is the Gauss–Newton matrix.
+      plain negative log-likelihood it is the Gauss–Newton matrix; class weights enter it squared, and a
+      mean over T places as 1/T²: `GaussNewton` is the one whose inverse influence takes.
     - `"sampled"`: the same expectation over `draws` targets drawn with `key`.
     - `"empirical"`: (1/n) Σ wᵢ gᵢgᵢᵀ at the given targets. It is no approximation of the Hessian
       away from a good fit (Kunstner, Balles & Hennig, arXiv:1905.12558).

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from .._custom_types import Scalar
 from .._jacobian import output_jacobian, require_array_output
+from .._loss import AbstractLoss
 from .._misc import check_damping, ravel
 from .base import AbstractMatrixCurvature, least_penalty
 from .newton_step import woodbury
@@ -28,6 +29,10 @@ class GaussNewton(AbstractMatrixCurvature):
 
     def matrix(self, risk, model):
         return gauss_newton_matrix(risk, model)
+
+    def cotangents(self, loss: AbstractLoss, output, target, i):
+        """Rows u of the output's shape with Σ u uᵀ = Sᵢ, whatever the number i of the example."""
+        return loss.hessian_root(output, target)
 
     def lower_end(self, risk, model):
         return least_penalty(risk, model, self.damping) if risk.loss.convex else None

@@ -12,12 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._custom_types import Model, Scalar, ScalarLike
+from .._jacobian import require_array_output
 from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, is_concrete, take
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows, Rules, Uncovered, Watched, checked_rules, ruled
 from .auto_damping import auto_damping
 from .base import AbstractCurvature, least_penalty
 from .fisher import Fisher
+from .ggn import GaussNewton
 from .kronecker import EigenBlock, Kronecker
 from .low_rank import low_rank
 from .truncated import truncated
@@ -27,9 +29,10 @@ _CHUNK = 512
 
 
 class AbstractKroneckerFactored(AbstractCurvature):
-    """A Fisher matrix of one block a layer, each diagonal in the eigenbasis of its K-FAC factors."""
+    """One block a layer, each diagonal in the eigenbasis of its K-FAC factors. `fisher` says whose
+    gradients those are: the matrix that is approximated."""
 
-    fisher: Fisher
+    fisher: GaussNewton | Fisher
     damping: Any
     tolerance: float = eqx.field(static=True)
     sharing: str = eqx.field(static=True)
@@ -37,7 +40,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
 
     def __init__(
         self,
-        fisher: Literal["exact", "sampled", "empirical"] = "exact",
+        fisher: Literal["ggn", "exact", "sampled", "empirical"] = "ggn",
         *,
         damping: ScalarLike | Literal["auto"] = "auto",
         tolerance: float = 0.0,
@@ -46,7 +49,12 @@ class AbstractKroneckerFactored(AbstractCurvature):
         draws: int = 1,
         rules: Mapping[type, Callable] | None = None,
     ):
-        self.fisher = Fisher(fisher, key=key, draws=draws)
+        if fisher not in ("ggn", "exact", "sampled", "empirical"):
+            raise ValueError(
+                '`fisher` must be "ggn" (Gauss–Newton), "exact", "sampled" or "empirical", got '
+                f"{fisher!r}."
+            )
+        self.fisher = GaussNewton() if fisher == "ggn" else Fisher(fisher, key=key, draws=draws)
         self.damping = _checked_damping(damping)
         self.tolerance = _checked_tolerance(tolerance)
         if sharing not in ("expand", "reduce"):
@@ -63,6 +71,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
     def blocks(self, risk, model) -> tuple[list[EigenBlock], list[Float[Array, "S l r"]]]:
         """The blocks of H, undamped, and the part of their eigenvalues that is ∇²Ω's."""
         risk = ruled(risk, self.rules)
+        require_array_output(risk, model)
         factors = _factors(self.fisher, self.sharing, risk, model)
         layers = watched(risk, model).layers
         start = [_eigenblock(layer, *pair) for layer, pair in zip(layers, factors)]
@@ -97,12 +106,13 @@ class AbstractKroneckerFactored(AbstractCurvature):
 
 
 class KFAC(AbstractKroneckerFactored):
-    r"""Kronecker-factored approximate curvature: a layer's block of the Fisher matrix is G ⊗ A.
+    r"""Kronecker-factored approximate curvature: a layer's block of the Gauss–Newton matrix is G ⊗ A.
 
-    A layer z_t = W a_t (the 1 of a bias appended to a) has the gradient Σ_t g_t a_tᵀ, g_t = ∂ℓ/∂z_t, t
-    running over the places where W is shared. With w̄ = Σ wᵢ,
+    A layer z_t = W a_t (the 1 of a bias appended to a), t running over the places where W is shared,
+    answers a cotangent u of the model's output by the gradient Σ_t g_t a_tᵀ, g_t = (∂output/∂z_t)ᵀu.
+    With w̄ = Σ wᵢ, and as cotangents of example i a root of its loss's Hessian in the output, Σ_u u uᵀ,
 
-        G = (1/n) Σᵢ wᵢ E Σ_t g_t g_tᵀ,   A = (1/w̄) Σᵢ wᵢ (1/T) Σ_t a_t a_tᵀ,   H = G ⊗ A + diag(l2).
+        G = (1/n) Σᵢ wᵢ Σ_u Σ_t g_t g_tᵀ,   A = (1/w̄) Σᵢ wᵢ (1/T) Σ_t a_t a_tᵀ,   H = G ⊗ A + diag(l2).
 
     **Dropped:** all that couples layers, and within a layer what couples activations with output
     gradients. Exact for one datum where W is applied once, and for deep linear networks with squared
@@ -114,8 +124,11 @@ class KFAC(AbstractKroneckerFactored):
 
     **Arguments:**
 
-    - `fisher`: whose gradients g are: `"exact"` (summed over all targets, one backward pass each),
-      `"sampled"` (`draws` targets drawn with `key`) or `"empirical"` (the given targets). See `Fisher`.
+    - `fisher`: the cotangents u. `"ggn"`: of the Gauss–Newton matrix, as above. Those of a Fisher matrix
+      (see `Fisher`) are gradients of the loss: `"exact"` at all targets of the model's own distribution,
+      `"sampled"` at `draws` of them drawn with `key`, `"empirical"` at the given targets. For a plain
+      negative log-likelihood, "exact" is the same matrix as "ggn" at the same cost; class weights enter
+      it squared, and a mean over T places as 1/T², where the Hessian of such a loss has weights and 1/T.
     - `damping`: λ of H + λI, or `"auto"`: the least λ at which the effective dimension
       tr F(F + diag l2 + λI)⁻¹ is at most n: one direction a point, a rule of thumb (K outputs may
       decide up to nK), held to retraining in `docs/how-to-choose.md`.
@@ -134,9 +147,11 @@ class KFAC(AbstractKroneckerFactored):
     any other way get the exact block of their own. `coverage` lists what each parameter gets.
 
     **Raises:** `ValueError` for a parameter that no rule covers, a singular block, an unknown setting,
-    or a loss that is no negative log-likelihood with `"exact"`.
+    or a loss that is no negative log-likelihood with `"exact"`; `RuntimeError` for one whose Hessian in
+    the output is not positive semi-definite with `"ggn"`.
 
-    **Cost:** one pass over the data with as many backward passes as targets; O(l³ + r³) a layer.
+    **Cost:** one pass over the data with as many backward passes as cotangents: C − 1 for C classes, as
+    many as outputs for other losses, `draws`, or one; O(l³ + r³) a layer.
 
     **Source:** Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate
     Curvature", arXiv:1503.05671; Grosse & Martens (convolutions), arXiv:1602.01407; Eschenhagen et
@@ -150,11 +165,11 @@ class KFAC(AbstractKroneckerFactored):
 class EKFAC(AbstractKroneckerFactored):
     r"""K-FAC with its eigenvalues corrected: in the eigenbasis Q_G ⊗ Q_A the true diagonal,
 
-        Λ = (1/n) Σᵢ wᵢ E (Q_Gᵀ Gᵢ Q_A)²,   Gᵢ = Σ_t g_t a_tᵀ,   H = Q diag(Λ) Qᵀ + diag(l2).
+        Λ = (1/n) Σᵢ wᵢ Σ_u (Q_Gᵀ Gᵢ Q_A)²,   Gᵢ = Σ_t g_t a_tᵀ,   H = Q diag(Λ) Qᵀ + diag(l2).
 
-    Of all matrices with these eigenvectors it is the nearest to the layer's block of the Fisher matrix
-    in Frobenius norm, so never further than K-FAC (P13). Where l2 differs within a layer, its diagonal
-    in the eigenbasis stands for it.
+    Of all matrices with these eigenvectors it is the nearest to the layer's block of the Gauss–Newton
+    (or Fisher) matrix in Frobenius norm, so never further than K-FAC (P13). Where l2 differs within a
+    layer, its diagonal in the eigenbasis stands for it.
 
     Arguments and errors are those of [`KFAC`][]. **Cost:** a second pass over the data.
 
@@ -225,8 +240,8 @@ def _kronecker(model: Model, blocks: list[EigenBlock], rules: Rules) -> Kronecke
     return Kronecker(tuple(blocks), tuple(leaf.shape for leaf in leaves), rules)
 
 
-def _fisher_rows(fisher: Fisher, read: Callable, risk: EmpiricalRisk):
-    """(example, its number) ↦ the rows of the Fisher's gradients, layer by layer, by `read`: the
+def _fisher_rows(fisher: GaussNewton | Fisher, read: Callable, risk: EmpiricalRisk):
+    """(example, its number) ↦ the rows of the gradients, layer by layer, by `read`: the
     `rows` or the `parts` of what is watched."""
 
     def rows(example, i):
@@ -241,7 +256,9 @@ def _examples(risk: EmpiricalRisk):
     return risk.data, jnp.arange(risk.n), risk.weights
 
 
-def _chunk(fisher: Fisher, watch: Watched, risk: EmpiricalRisk, extra=lambda layer, rows: 0) -> int:
+def _chunk(
+    fisher: GaussNewton | Fisher, watch: Watched, risk: EmpiricalRisk, extra=lambda layer, rows: 0
+) -> int:
     """How many examples fit the byte budget."""
     rows = _fisher_rows(fisher, watch.rows, risk)
     one = jax.eval_shape(rows, take(risk.data, slice(0, 1)), jnp.arange(1))
@@ -253,7 +270,7 @@ def _chunk(fisher: Fisher, watch: Watched, risk: EmpiricalRisk, extra=lambda lay
 
 
 @eqx.filter_jit
-def _factors(fisher: Fisher, sharing: str, risk: EmpiricalRisk, model):
+def _factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, model):
     """The left and the right factor of each layer: the curvature is left ⊗ right."""
     watch = watched(risk, model)
     parts = _fisher_rows(fisher, watch.parts, risk)
@@ -376,8 +393,8 @@ def _is_none(x) -> bool:
 
 
 @eqx.filter_jit
-def _second_moments(fisher: Fisher, blocks, risk: EmpiricalRisk, model):
-    """Λ = (1/n) Σ wᵢ (Q_lᵀ G Q_r)² over the Fisher's gradients G: the diagonal of the Fisher matrix in
+def _second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, model):
+    """Λ = (1/n) Σ wᵢ (Q_lᵀ G Q_r)² over gradients G: the diagonal of the matrix that is approximated, in
     the eigenbasis."""
     watch = watched(risk, model)
     rows = _fisher_rows(fisher, watch.rows, risk)

@@ -5,6 +5,7 @@ import abc
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 
@@ -17,6 +18,8 @@ class AbstractLoss(eqx.Module):
     K = output.size
     hessian = jax.hessian(lambda o: loss(o.reshape(output.shape), target))(output.reshape(-1))
     assert loss.output_hessian(output, target) == hessian          # [K, K]
+    root = loss.hessian_root(output, target).reshape(-1, K)
+    assert root.T @ root == hessian
     ```
 
     `convex`: whether ℓ is known to be convex in its output.
@@ -31,6 +34,15 @@ class AbstractLoss(eqx.Module):
     @abc.abstractmethod
     def output_hessian(self, output: Array, target: PyTree[Array]) -> Float[Array, "K K"]:
         """∇²ℓ in the flattened output: the middle factor of the Gauss–Newton matrix."""
+
+    @abc.abstractmethod
+    def hessian_root(self, output: Array, target: PyTree[Array]) -> Float[Array, "r ..."]:
+        """Rows u of the output's shape with Σ u uᵀ = `output_hessian(output, target)`, flattened:
+        cotangents whose second moments are the Gauss–Newton matrix's. The fewer, the cheaper: each is
+        one backward pass. Where no closed form is known, `eigen_root(hessian).reshape(-1, *shape)`.
+
+        An error where ∇²ℓ has a negative eigenvalue, and so no root.
+        """
 
     @abc.abstractmethod
     def output_fisher(self, output: Array) -> Float[Array, "K K"]:
@@ -66,6 +78,21 @@ class AbstractLoss(eqx.Module):
     def check(self, output: PyTree[jax.ShapeDtypeStruct], targets: PyTree[Array]) -> None:
         """Raise `ValueError` where the loss cannot take outputs of that shape, or `targets` [n, ...]
         cannot go with them."""
+
+
+def eigen_root(hessian: Float[Array, "K K"]) -> Float[Array, "K K"]:
+    """Rows u with Σ u uᵀ = `hessian`, from its eigenvalues; an error where one of them is negative by
+    more than rounding. Cost: O(K³)."""
+    values, basis = jnp.linalg.eigh(hessian)
+    rounding = 10 * hessian.shape[0] * jnp.finfo(hessian.dtype).eps
+    values = eqx.error_if(
+        values,
+        values < -rounding * jnp.max(jnp.abs(values)),
+        "The loss is not convex in its output: its Hessian there has a negative eigenvalue, and so no "
+        'root that K-FAC could be made of. Use fisher="sampled" or "empirical", or a matrix with enough '
+        "damping: GaussNewton(damping=), Hessian(damping=).",
+    )
+    return jnp.sqrt(jnp.maximum(values, 0))[:, None] * basis.T
 
 
 class LossConstants(eqx.Module):

@@ -30,6 +30,9 @@ class BinaryCrossEntropy(AbstractLoss):
             jnn.sigmoid(z) * jnn.sigmoid(-z)
         )  # 1 − σ(z) would lose the digits of a large z
 
+    def hessian_root(self, output, target):
+        return self.fisher_root(output)
+
     def output_fisher(self, output):
         return self.output_hessian(output, None)
 

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from .base import AbstractLoss
+from .base import AbstractLoss, eigen_root
 
 
 class CustomLoss(AbstractLoss):
@@ -47,10 +47,13 @@ class CustomLoss(AbstractLoss):
         at = lambda flat: self.fn(flat.reshape(output.shape), target)
         return jax.hessian(at)(output.reshape(-1))
 
+    def hessian_root(self, output, target):
+        return eigen_root(self.output_hessian(output, target)).reshape(-1, *output.shape)
+
     def output_fisher(self, output):
         raise ValueError(
-            'CustomLoss has no exact Fisher. Use Fisher("sampled") with `sample=`, '
-            'Fisher("empirical"), or GaussNewton().'
+            'CustomLoss has no exact Fisher. Use "sampled" with `sample=`, or "empirical"; or the '
+            'Gauss–Newton matrix, which is GaussNewton(), KFAC("ggn") and EKFAC("ggn").'
         )
 
     def fisher_root(self, output):

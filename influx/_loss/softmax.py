@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._misc import is_concrete
+from .._misc import einsum, is_concrete
 from .base import AbstractLoss, LossConstants
 from .checks import array_target, check_output, check_range, check_shape
 
@@ -32,8 +32,8 @@ class SoftmaxCrossEntropy(AbstractLoss):
     - `reduction`: `"sum"` or `"mean"` over the positions of a sequence.
 
     With hard labels this is a negative log-likelihood: output Hessian and exact Fisher are both
-    diag p − ppᵀ. Class weights and smoothing keep the Hessian's form; the Fisher is that of the
-    weighted, smoothed score.
+    diag p − ppᵀ. Class weights, smoothing and the mean keep the Hessian's form, times the weight and
+    1/T; the Fisher is that of the weighted, smoothed, averaged score: weights squared, 1/T².
     """
 
     class_weights: Float[Array, " C"] | None
@@ -97,19 +97,25 @@ class SoftmaxCrossEntropy(AbstractLoss):
         scores = jax.vmap(lambda z: jax.vmap(lambda y: jax.grad(single)(z, y))(jnp.arange(C)))(flat)
         return scores, jnn.softmax(flat, axis=-1)
 
-    def fisher_root(self, output):
-        # √p_c (score_c − mean) at one position and 0 at the others; the means of all positions
-        # together, which are 0 for hard and unweighted labels, are one row more.
+    def hessian_root(self, output, target):
         flat = output.reshape(-1, output.shape[-1])
-        (T, C), dtype = flat.shape, flat.dtype
+        weight = self._weight(target, output.dtype).reshape(-1)
+        scale = weight if self.reduction == "sum" else weight / flat.shape[0]
+        rows = jnp.sqrt(scale)[:, None, None] * _covariance_root(jnn.softmax(flat, axis=-1))
+        return _one_position_each(rows).reshape(-1, *output.shape)
+
+    def fisher_root(self, output):
+        # With S the scores of a position's classes and LᵀL = diag p − ppᵀ their covariance is that of
+        # the rows LS. The means of all positions together, 0 for hard and unweighted labels, are one
+        # row more.
+        flat = output.reshape(-1, output.shape[-1])
         scores, p = self._class_scores(flat)
-        mean = jnp.einsum("tc,tck->tk", p, scores)
-        rows = jnp.sqrt(p)[:, :, None] * (scores - mean[:, None, :])
-        rows = rows if T == 1 else jnp.einsum("tck,ts->tcsk", rows, jnp.eye(T, dtype=dtype))
-        rows = rows.reshape(T * C, *output.shape)
+        rows = _one_position_each(einsum("tkc,tcd->tkd", _covariance_root(p), scores))
         if self.class_weights is not None or not self._is_hard:
-            rows = jnp.concatenate([rows, mean.reshape(1, *output.shape)])
-        return rows * (1.0 if self.reduction == "sum" else 1.0 / T)
+            mean = jnp.einsum("tc,tck->tk", p, scores)
+            rows = jnp.concatenate([rows, mean[None]])
+        scale = 1.0 if self.reduction == "sum" else 1.0 / flat.shape[0]
+        return scale * rows.reshape(-1, *output.shape)
 
     @property
     def _is_hard(self) -> bool:
@@ -185,6 +191,33 @@ def _block_diagonal(blocks: Float[Array, "T C C"]) -> Float[Array, "TC TC"]:
     if T == 1:
         return blocks[0]
     return jnp.einsum("tcd,ts->tcsd", blocks, jnp.eye(T, dtype=blocks.dtype)).reshape(T * C, T * C)
+
+
+def _covariance_root(p: Float[Array, "T C"]) -> Float[Array, "T r C"]:
+    """Rows l_j with Σ l_j l_jᵀ = diag p − ppᵀ, one fewer than classes: its Cholesky factor's columns.
+
+    With the tails q_j = Σ_{k>j} p_k, l_jj = √(p_j q_j / q_{j−1}) and l_ji = −l_jj p_i / q_j for i > j.
+    Products and sums of numbers of one sign lose no digits, however certain the model is. Where a tail
+    underflows, its row is 0.
+
+    **Source:** Tanabe & Sagae, "An exact Cholesky decomposition and the generalized inverse of the
+    variance-covariance matrix of the multinomial distribution, with applications" (1992).
+    """
+    C = p.shape[1]
+    tails = jnp.flip(jnp.cumsum(jnp.flip(p, axis=1), axis=1), axis=1)  # q_{j−1} at j
+    after = jnp.concatenate([tails[:, 1:], jnp.zeros_like(p[:, :1])], axis=1)
+    positive = lambda q: jnp.where(q >= jnp.finfo(p.dtype).tiny, q, 1)
+    diagonal = jnp.sqrt(p * (after / positive(tails)))
+    later = jnp.triu(jnp.ones((1, C, C), p.dtype), 1)
+    shares = p[:, None, :] / positive(after)[:, :, None]
+    factors = jnp.eye(C, dtype=p.dtype)[None] - later * shares
+    return (diagonal[:, :, None] * factors)[:, : max(1, C - 1)]
+
+
+def _one_position_each(rows: Float[Array, "T r C"]) -> Float[Array, "Tr T C"]:
+    """Each row at its position, with 0 at the others."""
+    T, r, C = rows.shape
+    return jnp.einsum("trc,ts->trsc", rows, jnp.eye(T, dtype=rows.dtype)).reshape(T * r, T, C)
 
 
 def _checked_class_weights(class_weights) -> Float[Array, " C"]:

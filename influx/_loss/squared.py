@@ -25,6 +25,9 @@ class SquaredError(AbstractLoss):
     def output_hessian(self, output, target):
         return jnp.eye(output.size, dtype=output.dtype)
 
+    def hessian_root(self, output, target):
+        return self.fisher_root(output)
+
     def output_fisher(self, output):
         return jnp.eye(output.size, dtype=output.dtype)
 
