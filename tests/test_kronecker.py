@@ -4,6 +4,7 @@ Their matrices are held against NumPy in `test_curvature.py` and in P13; here, w
 """
 
 import functools
+import re
 
 import equinox as eqx
 import jax
@@ -164,6 +165,37 @@ def test_layers_with_shared_weights_are_scored_at_the_coordinates_that_matter(se
         )
         got = jax.jit(jax.vmap(score))(queries)[:, 0]
         np.testing.assert_allclose(got, want, atol=1e-11 * float(jnp.abs(want).max()))
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**31), tolerance=st.sampled_from([0.3, 0.05]))
+def test_diagnose_bounds_what_few_terms_change(seed, tolerance):
+    a, b, c = jr.split(jr.key(seed), 3)
+    model = eqx.nn.MLP(12, 4, 16, 2, activation=jax.nn.relu, key=a)
+    X = jr.normal(b, (80, 12)) * jnp.geomspace(1, 0.05, 12)[None]
+    y = jr.randint(c, (80,), 0, 4)
+    risk = ix.EmpiricalRisk((X[:20], y[:20]), ix.SoftmaxCrossEntropy(), l2=1e-2)
+    exact = ix.influence(risk, model, ix.EKFAC(damping=1e-2))
+    near = ix.influence(risk, model, ix.EKFAC(damping=1e-2, tolerance=tolerance))
+    assert any(block.terms is not None for block in near.response.factored.blocks)
+    figure = ix.diagnose(near)["solve"].figure
+    number = lambda pattern: float(re.search(pattern, figure)[1])
+    of_points, of_query = number(r"at most (\S+) of √"), number(r"\((\S+) of a query\)")
+    assert "tolerance" not in ix.diagnose(exact)["solve"].figure
+    s = np.sqrt(-np.asarray(ix.self_influence(exact)))
+    G = np.asarray(map_gradients(lambda _, g: g, risk, model, (X[20:], y[20:])))
+    H = dense(exact)
+    s_query = np.sqrt(np.einsum("mp,mp->m", G, np.linalg.solve(H, G.T).T))
+    error = lambda data, size: np.abs(near(data) - exact(data)) / size[:, None] / s[None]
+    slack = 1.06  # the figure has two digits
+    assert 1e-9 < np.max(error(risk.data, s)) <= slack * of_points
+    assert of_points < 1
+    assert np.max(error((X[20:], y[20:]), s_query)) <= slack * of_query
+    # It is no larger than a solve by the terms is off, in the norm of H, for the worst vector.
+    blocks = near.response.factored.blocks
+    ratios = [np.abs(np.asarray(b.scored_inverse / b.inverse) - 1).max() for b in blocks]
+    assert float(near.response.factored.most_missed) == pytest.approx(max(ratios), rel=1e-9)
+    assert of_points <= slack * max(ratios)
 
 
 def float32(tree):

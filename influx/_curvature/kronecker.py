@@ -47,6 +47,11 @@ class EigenBlock(eqx.Module):
         return self.inverse
 
     @property
+    def missed(self) -> Float[Array, "S l r"]:
+        """|R̃ − R|, R the eigenvalues of the inverse and R̃ those that scores take."""
+        return jnp.abs(self.scored_inverse - self.inverse)
+
+    @property
     def solve_flops(self) -> float:
         """Both rotations and back, by the bases that are not the identity."""
         sides = [basis.shape[-1] for basis in (self.left, self.right) if basis is not None]
@@ -113,31 +118,29 @@ class Kronecker(AbstractFactored):
 
     @property
     def matvec(self):
-        def matvec(v):
-            parts = self.split(v)
-            return self.join(
-                [b.scaled(V, b.values + b.damping) for b, V in zip(self.blocks, parts)]
-            )
-
-        return matvec
-
-    @property
-    def scored_inverse(self) -> Float[Array, "S l r"]:
-        """What scores take in its place."""
-        if self.terms is not None:
-            return einsum("sul,sur->slr", *self.terms)
-        if self.kept is not None:
-            flat = self.inverse.reshape(-1)
-            return jnp.zeros_like(flat).at[self.kept].set(flat[self.kept]).reshape(self.layer.shape)
-        return self.inverse
+        return lambda v: self._scaled(v, [b.values + b.damping for b in self.blocks])
 
     @property
     def solve_flops(self):
         return float(sum(b.solve_flops for b in self.blocks))
 
     def try_solve(self, v):
-        parts = [b.scaled(V, b.inverse) for b, V in zip(self.blocks, self.split(v))]
-        return self.join(parts), jnp.asarray(True)
+        return self._scaled(v, [b.inverse for b in self.blocks]), jnp.asarray(True)
+
+    def _scaled(self, v, by: Sequence[Float[Array, "S l r"]]) -> Float[Array, " P"]:
+        """v with each block multiplied by its own numbers, in its eigenbasis."""
+        parts = zip(self.blocks, self.split(v), by)
+        return self.join([block.scaled(V, values) for block, V, values in parts])
+
+    def missed(self, v: Float[Array, " P"]) -> Float[Array, ""]:
+        """vᵀ|R̃ − R|v in the eigenbasis: a score by the blocks' terms is off by at most the root of that
+        of both its gradients, |uᵀ(R̃ − R)v|² ≤ uᵀ|R̃ − R|u · vᵀ|R̃ − R|v."""
+        return jnp.vdot(v, self._scaled(v, [block.missed for block in self.blocks]))
+
+    @property
+    def most_missed(self) -> Float[Array, ""]:
+        """max |R̃/R − 1|: the same over vᵀRv, for the worst v there is."""
+        return jnp.max(jnp.stack([jnp.max(b.missed / b.inverse) for b in self.blocks]))
 
     def perturbed(self, matvec):
         raise NotImplementedError("A Kronecker-factored matrix plus another is not one.")

@@ -49,16 +49,19 @@ def _measure(f: Influence) -> dict:
 
     def self_product(_, g):
         solved, done, steps = factored.counted_solve(g)
-        return jnp.vdot(g, solved), jnp.linalg.norm(g - factored.matvec(solved)), done, steps
+        missed = None if factored.layered is None else factored.layered.missed(g)
+        residual = jnp.linalg.norm(g - factored.matvec(solved))
+        return jnp.vdot(g, solved), residual, done, steps, missed
 
     data = take(f.risk.data, drawn)
-    s, residuals, done, steps = map_gradients(self_product, f.risk, f.model, data)
+    s, residuals, done, steps, missed = map_gradients(self_product, f.risk, f.model, data)
     return {
         "gradient": jnp.linalg.norm(gradient),
         "typical": jnp.sqrt(jnp.mean(squares)),
         "self": s,
         "rise": f.risk.weights[drawn] * s / f.risk.n,
         "residuals": residuals,
+        "missed": missed,
         "norms": jnp.sqrt(squares[drawn]),
         "probe": jnp.linalg.norm(u - factored.matvec(x)) / jnp.linalg.norm(u),
         "converged": converged & jnp.all(done),
@@ -170,20 +173,35 @@ def _solve(f: Influence, state: dict, low: float) -> Finding:
     end, proven = known_lower_end(f, low)
     energy = np.sqrt(np.maximum(max(end, 0.0) * s, 0))  # 0 where no bound is known, or g is 0
     known = residuals / np.where(energy > 0, energy, 1)
-    bound = float(np.max(np.where(energy > 0, known, np.where(norms > 0, np.inf, 0))))
+    solved = float(np.max(np.where(energy > 0, known, np.where(norms > 0, np.inf, 0))))
+    terms, of_any_query = _by_terms(f, state)
+    bound = solved + terms
     converged = bool(state["converged"])
     verdict = judge(bound, 1e-3, 0.1) if converged else "bad"
     return finding(
         "solve",
         f"{_count(state)}relative residual {relative:.1e}, "
-        f"score error {'at most' if proven else 'estimated at'} {bound:.1e} of √(sᵢsⱼ)",
+        f"score error {'at most' if proven else 'estimated at'} {bound:.1e} of √(sᵢsⱼ)"
+        + (f", {terms:.1e} of it by `tolerance` ({of_any_query:.1e} of a query)" if terms else ""),
         verdict,
         "How well the linear solves were done" + (
             ": every one met its tolerance." if converged else ": some did NOT converge."
         ),
-        "Allow more steps (`max_steps=`) or a smaller `rtol=`, give CG a `preconditioner=`, raise the "
+        ("A smaller `tolerance=`, or 0. " if terms else "")
+        + "Allow more steps (`max_steps=`) or a smaller `rtol=`, give CG a `preconditioner=`, raise the "
         "damping, or solve directly.",
     )  # fmt: skip
+
+
+def _by_terms(f: Influence, state: dict) -> tuple[float, float]:
+    """The most that the few terms of a `tolerance` change a score, in units of √(sᵢsⱼ): of two training
+    points, and of one with any query."""
+    layered = implicit_response(f.response, "diagnose").factored.layered
+    if layered is None:
+        return 0.0, 0.0
+    s, missed = np.asarray(state["self"]), np.asarray(state["missed"])
+    of_points = float(np.max(np.where(s > 0, missed / np.where(s > 0, s, 1), 0)))
+    return of_points, float(np.sqrt(of_points * layered.most_missed))
 
 
 def known_lower_end(f: Influence, low: float) -> tuple[float, bool]:

@@ -37,8 +37,10 @@ def diagnose(f: Influence) -> Diagnosis:
     √sᵢ ‖ρⱼ‖/√λ_min (P9 with x̃ = 0 on the other side), that is by ‖ρⱼ‖/√(λ_min sⱼ) of √(sᵢsⱼ); the
     figure is the worst. It is proven where λ_min is an eigenvalue or a known lower end of the spectrum
     (min l2 + λ of a positive semi-definite curvature), and called an estimate where λ_min is the least
-    Ritz value. For `CG` with a preconditioner the steps of one solve are counted without it as well, up
-    to ten times as many.
+    Ritz value. Under a `tolerance` few terms R̃ stand for the eigenvalues R of the
+    inverse, and the largest gⱼᵀ|R̃ − R|gⱼ / sⱼ is added, which bounds |gᵢᵀ(R̃ − R)gⱼ| / √(sᵢsⱼ); with a
+    query's gradient in place of gᵢ, the root of that number times max |R̃/R − 1| does. For `CG` with a
+    preconditioner the steps of one solve are counted without it as well, up to ten times as many.
 
     **Cost:** n solves, and for a dense curvature its eigenvalues, O(P³); for any other 32 points and 32
     directions stand for all, and the figures say so. A preconditioner adds the plain solve, at most that
