@@ -203,6 +203,24 @@ def float32(tree):
     return jax.tree_util.tree_map(low, tree)
 
 
+@pytest.mark.parametrize("curvature", KFACS)
+@pytest.mark.parametrize("to", [float32, lambda tree: tree], ids=["float32", "float64"])
+def test_no_l2_is_exceeded_by_the_floor_of_the_automatic_damping(curvature, to):
+    """However small it is: then H is not singular, and λ is the rule's, 0."""
+    risk, model, _ = problem()
+    X, y = risk.data
+    many = (jnp.tile(X, (6, 1)), jnp.tile(y, 6))  # more points than parameters
+    for l2 in (1e-7, 1e-12):
+        small = ix.EmpiricalRisk(many, risk.loss, l2=l2)
+        blocks = curvature(damping="auto").factor(to(small), to(model)).blocks
+        assert float(blocks[0].damping) == 0
+        assert min(float(jnp.min(b.values)) for b in blocks) >= l2 * (1 - 1e-6)
+    free = ix.EmpiricalRisk(many, risk.loss)
+    blocks = curvature(damping="auto").factor(to(free), to(model)).blocks
+    top, unit = max(float(jnp.max(b.values)) for b in blocks), jnp.finfo(blocks[0].values.dtype).eps
+    assert 0 < float(blocks[0].damping) <= 33 * unit * top
+
+
 def test_the_automatic_damping_is_the_least_that_keeps_the_dimension_below_n():
     risk, model, _ = problem()
     few = ix.EmpiricalRisk((risk.data[0][:6], risk.data[1][:6]), risk.loss, l2=1e-6)

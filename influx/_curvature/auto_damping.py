@@ -20,8 +20,8 @@ def auto_damping(
     decides of its own fit. The rule allows one direction a point, and takes what the curvature claims
     beyond that for l2's or nobody's. It is a rule of thumb: with K outputs n points may decide up to nK
     directions, and a weight of 2 counts as one point. Where l2 alone keeps the dimension below n, λ is
-    0, unless H is then within √u of singular (u the unit roundoff): λ is √u times the largest
-    eigenvalue, which in float32 may exceed l2.
+    0. Only a block that l2 leaves singular to rounding (`least_eigenvalue`) is damped beyond the rule,
+    by that number.
     """
     if not is_concrete((blocks, penalties, weights)):
         raise ValueError(
@@ -43,6 +43,18 @@ def auto_damping(
         found = high
     else:
         found = 0.0
-    dtype = blocks[0].values.dtype
-    floor = float(np.sqrt(jnp.finfo(dtype).eps)) * float(np.max(values))
-    return jnp.asarray(found if np.min(values) + found > floor else max(found, floor), dtype)
+    least = [(b, least_eigenvalue(b.values, penalty)) for b, penalty in zip(blocks, penalties)]
+    short = [limit for b, limit in least if float(jnp.min(b.values)) + found <= limit]
+    return jnp.asarray(max([found, *short]), blocks[0].values.dtype)
+
+
+def least_eigenvalue(values: Float[Array, "S l r"], penalty: Float[Array, "S l r"]) -> float:
+    """What every eigenvalue of a block that can be inverted exceeds: 0 where l2 > 0 on all of it, which
+    bounds them from below; else 32 units of rounding of the largest, as what a zero may come out.
+
+    A solve in the eigenbasis divides by each eigenvalue by itself, so that no condition number enters.
+    """
+    l2, unit = np.asarray(penalty, np.float64), float(jnp.finfo(values.dtype).eps)
+    if np.min(l2) > 32 * unit * np.max(l2):  # what rounding leaves of an l2 = 0 is none
+        return 0.0
+    return 32 * unit * float(jnp.max(values))

@@ -16,7 +16,7 @@ from .._jacobian import require_array_output
 from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, is_concrete, take
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows, Rules, Uncovered, Watched, checked_rules, ruled
-from .auto_damping import auto_damping
+from .auto_damping import auto_damping, least_eigenvalue
 from .base import AbstractCurvature, least_penalty
 from .fisher import Fisher
 from .ggn import GaussNewton
@@ -91,8 +91,8 @@ class AbstractKroneckerFactored(AbstractCurvature):
         else:
             damping = jnp.asarray(self.damping, blocks[0].values.dtype)
         blocks = [eqx.tree_at(lambda b: b.damping, block, damping) for block in blocks]
-        for block in blocks:
-            _check_positive(block)
+        for block, penalty in zip(blocks, penalties):
+            _check_positive(block, penalty)
         if self.tolerance > 0:
             once = applied_once(ruled(risk, self.rules), model)
             blocks = [_near(*parts, self.tolerance) for parts in zip(blocks, penalties, once)]
@@ -439,11 +439,13 @@ def _squares_of_table(layer: Layer, rows: Rows, weights):
     return jax.vmap(add)(jnp.moveaxis(ids, 1, 0), parts).swapaxes(1, 2)
 
 
-def _check_positive(block: EigenBlock) -> None:
+def _check_positive(block: EigenBlock, penalty) -> None:
     low = jnp.min(block.values) + block.damping
-    # Eigenvalues of EK-FAC are sums of squares: rounding keeps them above 0, at eps² of the largest.
-    unit = float(jnp.finfo(block.values.dtype).eps)
-    if is_concrete(low) and not float(low) > unit * float(jnp.max(block.values)):
+    # Eigenvalues of EK-FAC are sums of squares: rounding keeps those that are 0 above it.
+    if (
+        is_concrete((low, penalty))
+        and not float(low) > least_eigenvalue(block.values, penalty) / 32
+    ):
         raise ValueError(
             f"The curvature of {' and '.join(block.layer.paths)} is singular: its smallest eigenvalue "
             f"is {float(low):.3g}. Use a positive damping, or an l2 > 0 on every parameter."
