@@ -15,9 +15,13 @@ STATEMENT
     (e) The terms p, q that stand for R = 1/(Λ + l2 + λ) leave out at most the share `tolerance`:
             ‖diag(s)(R − Σ_ρ p⊗q)diag(t)‖ ≤ tolerance · ‖diag(s) R diag(t)‖  in Frobenius norm,
         s and t the factors' eigenvalues, and no fewer terms do.
+    (f) The coordinates c of the eigenbasis that are kept leave out at most the share `tolerance`:
+            Σ_{c left out} (Λ_c R_c)² ≤ tolerance² Σ_c (Λ_c R_c)²,
+        and no fewer do. If the coordinates of two gradients v, v' are uncorrelated, of mean squares Λ_c
+        and independent of one another, it is the mean square of the error of vᵀRv' over that of vᵀRv'.
 
 ASSUMPTIONS
-    The same Fisher in F and in the factors. (d), (e) need nothing else.
+    The same Fisher in F and in the factors. (d), (e), (f) need nothing else, but what they state.
 
 PROOF
     (a) The sum over i has one term: F = (w/n) Σ_r g_r g_rᵀ ⊗ a aᵀ, and G = (w/n) Σ g gᵀ, A = a aᵀ.
@@ -35,6 +39,8 @@ PROOF
     (d) ‖F − Q D Qᵀ‖² = ‖QᵀFQ − D‖² is a sum of squares over entries; D touches the diagonal only, and is
         best where it equals it. K-FAC is Q D Qᵀ with D its own eigenvalues. tr Q diag(Λ) Qᵀ = tr F.
     (e) Eckart–Young–Mirsky for the weighted matrix; the rank is the least whose tail is small enough.
+    (f) E (Σ_c R_c v_c v'_c)² = Σ_cd R_c R_d E[v_c v_d] E[v'_c v'_d] = Σ_c R_c² Λ_c², for any part of the
+        sum. Of all sets of as many coordinates the one with the largest terms leaves out the least.
         ∎
 
 CHECK
@@ -57,6 +63,7 @@ import jax.random as jr
 import numpy as np
 
 import influx as ix
+from influx._curvature.truncated import truncated
 
 from . import _kronecker as kronecker
 from . import _library as library
@@ -65,7 +72,7 @@ from ._errors import above, apart, gap
 from ._problems import BINARY, NETWORK, SOFTMAX, SQUARED_NETWORK, problems
 from ._registry import Proposition, register
 
-LAMBDA, TOLERANCE = 0.02, 0.1
+LAMBDA, TOLERANCE, COARSE = 0.02, 0.1, 0.3
 
 
 def library_curvature(risk, model, name: str, **settings):
@@ -74,10 +81,12 @@ def library_curvature(risk, model, name: str, **settings):
 
 @dataclass(frozen=True)
 class Subject:
-    """`factor(risk, model, name, **settings)` answers the factored curvature."""
+    """`factor(risk, model, name, **settings)` answers the factored curvature, `truncate(block,
+    penalties, tolerance)` a block with the coordinates it keeps."""
 
     factor: Callable
     seen: Callable = lambda problem: problem
+    truncate: Callable = truncated
 
 
 SUBJECT = Subject(library_curvature)
@@ -96,6 +105,7 @@ def check(problem, subject) -> dict[str, float]:
         **linear_network(problem, subject),
         **sharing(problem, subject),
         **terms(problem, subject),
+        **coordinates(problem, subject),
     }
 
 
@@ -142,7 +152,7 @@ def against_numpy(problem, subject) -> dict[str, float]:
             at(even, subject, "ekfac", fisher="empirical") - damped,
             kronecker.ekfac(even, "empirical"),
         ),
-        "nearer": above(distance["ekfac"], distance["kfac"]),
+        "nearer": above(distance["ekfac"], distance["kfac"], size=np.linalg.norm(F)),
         "trace": gap(np.trace(got["ekfac"]), np.trace(F)),
         "trace of l2": gap(np.trace(uneven - damped), np.trace(fisher(problem))),
     }
@@ -355,6 +365,36 @@ def terms(problem, subject) -> dict[str, float]:
     return found
 
 
+def coordinates(problem, subject) -> dict[str, float]:
+    problem = subject.seen(problem)
+    risk, model = library.risk_of(problem), library.model_at(problem.family, problem.theta)
+    blocks = subject.factor(risk, model, "ekfac", damping=problem.damping).blocks
+    found = {}
+    for block, layer in zip(blocks, kronecker.layers(problem)):
+        Q = np.kron(np.asarray(block.left)[0], np.asarray(block.right)[0])
+        curved = np.diag(Q.T @ kronecker.block(problem, layer) @ Q)
+        penalties = np.square(Q).T @ problem.penalty[layer.places.reshape(-1)]
+        weights = np.square(curved / (curved + penalties + problem.damping))
+        shaped = jnp.asarray(penalties.reshape(block.values.shape))
+        kept = subject.truncate(block, shaped, COARSE).kept
+        least = np.cumsum(np.sort(weights)[::-1])
+        if kept is None:  # it takes more than half of them
+            fewer = least[len(weights) // 2 - 1]
+            found[f"more than half of {block.layer.paths[0]}"] = above(
+                fewer, (1 - COARSE**2) * least[-1], slack=1e-6, size=1e-12
+            )
+            continue
+        left_out = least[-1] - np.sum(weights[np.asarray(kept)])
+        found[f"coordinates {block.layer.paths[0]}"] = above(
+            left_out, COARSE**2 * least[-1], slack=1e-6, size=1e-12
+        )
+        if len(kept) > 1:
+            found[f"no fewer coordinates {block.layer.paths[0]}"] = above(
+                COARSE**2 * least[-1], least[-1] - least[len(kept) - 2], slack=1e-6, size=1e-12
+            )
+    return found
+
+
 def changed(change, only: str | None = None):
     """The library's curvature with every block changed."""
 
@@ -386,6 +426,11 @@ def _weaker_terms(block):
     )
 
 
+def _one_fewer(block, penalties, tolerance):
+    block = truncated(block, penalties, tolerance)
+    return block if block.kept is None else _swap(lambda b: b.kept, lambda c: c[1:])(block)
+
+
 MUTANTS = {
     "right eigenvectors transposed": changed(_swap(lambda b: b.right, lambda q: q.swapaxes(1, 2))),
     "left eigenvectors transposed": changed(_swap(lambda b: b.left, lambda q: q.swapaxes(1, 2))),
@@ -402,6 +447,9 @@ MUTANTS = {
     "expand for reduce": settings_changed(sharing="expand"),
     "a term too large": changed(_weaker_terms),
     "a tolerance ten times too large": settings_changed(tolerance=0.99),
+    "a coordinate fewer": replace(SUBJECT, truncate=_one_fewer),
+    "penalty taken for data": replace(SUBJECT, truncate=lambda b, p, t: truncated(b, 0 * p, t)),
+    "a share not squared": replace(SUBJECT, truncate=lambda b, p, t: truncated(b, p, t**0.5)),
 }  # fmt: skip
 
 STRATEGY = problems(SOFTMAX, BINARY, NETWORK, SQUARED_NETWORK)
