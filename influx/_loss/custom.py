@@ -52,8 +52,8 @@ class CustomLoss(AbstractLoss):
 
     def output_fisher(self, output):
         raise ValueError(
-            'CustomLoss has no exact Fisher. Use "sampled" with `sample=`, or "empirical"; or the '
-            'Gauss–Newton matrix, which is GaussNewton(), KFAC("ggn") and EKFAC("ggn").'
+            'CustomLoss has no exact Fisher. Use Fisher("sampled") with `sample=`, '
+            'Fisher("empirical"), or the Gauss–Newton matrix: GaussNewton(), EKFAC("ggn").'
         )
 
     def fisher_root(self, output):
