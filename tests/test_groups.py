@@ -156,7 +156,7 @@ def test_groups_do_not_depend_on_chunks(chunk_size):
 
 # --- Correlated groups of digits, and the most influential subset ----------------------------------
 
-POINTS, QUERIES, SIZE, SUBSET, GROUPS = 300, 40, 15, 6, 20
+POINTS, QUERIES, SIZE, SUBSET, GROUPS = 300, 20, 15, 6, 20
 
 
 @functools.cache
