@@ -65,10 +65,12 @@ from ._transform import relative as relative
 from ._transform import removal as removal
 from ._transform import self_influence as self_influence
 from ._truth import LDS as LDS
+from ._truth import SubsampledMemorization as SubsampledMemorization
 from ._truth import lds as lds
 from ._truth import leave_one_out as leave_one_out
 from ._truth import leave_subset_out as leave_subset_out
 from ._truth import pbrf as pbrf
+from ._truth import subsampled_memorization as subsampled_memorization
 from ._value import VERDICTS as VERDICTS
 from ._value import Value as Value
 from ._value import value as value

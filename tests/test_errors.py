@@ -387,6 +387,9 @@ TAKES_RISK = {
     "fit": lambda r, m: ix.fit(r, m, ix.Newton()),
     "leave_one_out": lambda r, m: ix.leave_one_out(r, m, ix.Newton()),
     "leave_subset_out": lambda r, m: ix.leave_subset_out(r, m, ix.Newton(), masks=MASKS),
+    "subsampled_memorization": lambda r, m: ix.subsampled_memorization(
+        r, m, ix.Newton(), key=jr.key(0), outcome=lambda model, z: jnp.sum(model(z[0]))
+    ),
     "pbrf": lambda r, m: ix.pbrf(r, m),
     "restrict": lambda r, m: ix.restrict(r, m, lambda part: part.weight),
     "check": lambda r, m: ix.testing.check(r, m),
@@ -833,6 +836,37 @@ VERBS = {
         "at least 4 masks and a query, got 3",
         "more subsets",
     ),
+    "subsampled memorization without subsets": (
+        lambda w: ix.subsampled_memorization(w.f.risk, w.model, ix.Newton()),
+        "drawn at random",
+        "pass `key=",
+    ),
+    "subsampled memorization of rare points": (
+        lambda w: ix.subsampled_memorization(w.f.risk, w.model, ix.Newton(), masks=np.eye(N)),
+        "fewer than 2 subsets of 12.*in 1, out of 11",
+        "Raise `trials`",
+    ),
+    "subsampled memorization of an unknown outcome": (
+        lambda w: ix.subsampled_memorization(
+            w.f.risk, w.model, ix.Newton(), key=jr.key(0), outcome="accuracy"
+        ),
+        "got 'accuracy'",
+        "a function of .model, example.",
+    ),
+    "subsampled memorization of classes": (
+        lambda w: ix.subsampled_memorization(
+            w.f.risk, w.model, ix.Newton(), key=jr.key(0), outcome=lambda m, z: m(z[0])
+        ),
+        r"got float64 of shape \(3,\)",
+        "must answer one floating-point number",
+    ),
+    "subsampled memorization of a regression": (
+        lambda w: ix.subsampled_memorization(
+            w.squares.risk, w.squares.model, ix.Newton(), key=jr.key(0)
+        ),
+        "SquaredError is no classifier",
+        "measure",
+    ),
     "tier": (lambda w: ix.certify(w.f, tier=3), "got 3", "1 or 2"),
     "refine": (lambda w: ix.certify(w.f, tier=2, refine=1), "refine=1 at tier=2", "Use tier=1"),
     "certify mean of classes": (
@@ -1096,6 +1130,9 @@ DECIDES = {
     "fit": lambda w, m: ix.fit(w.f.risk, m, ix.Newton()),
     "leave_one_out": lambda w, m: ix.leave_one_out(w.f.risk, m, ix.Newton()),
     "leave_subset_out": lambda w, m: ix.leave_subset_out(w.f.risk, m, ix.Newton(), masks=MASKS),
+    "subsampled_memorization": lambda w, m: ix.subsampled_memorization(
+        w.f.risk, m, ix.Newton(), key=jr.key(0)
+    ),
     "pbrf": lambda w, m: ix.pbrf(w.f.risk, m),
     "check": lambda w, m: ix.testing.check(w.f.risk, m),
     "certify": lambda w, m: ix.certify(ix.influence(w.f.risk, m)),

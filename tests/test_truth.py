@@ -1,5 +1,7 @@
 """Ground truth, against closed forms and refits in NumPy and SciPy."""
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,14 @@ from influx._restriction import restrict
 from influx._risk import EmpiricalRisk
 from influx._train import LBFGS, SGD, Newton, fit
 from influx._train.newton import Chord
-from influx._truth import lds, leave_one_out, leave_subset_out, pbrf
+from influx._truth import (
+    lds,
+    leave_one_out,
+    leave_subset_out,
+    pbrf,
+    subsampled_memorization,
+)
+from influx._truth.subsampled_memorization import _contrast
 
 N, D, C = 24, 3, 3
 seeds = st.integers(0, 2**31 - 1)
@@ -398,3 +407,138 @@ def test_lds_standard_error_covers_other_masks_and_queries():
 def test_lds_refuses_what_is_undefined(change, words):
     with pytest.raises(ValueError, match=words):
         lds(*change(*lds_problem(1)))
+
+
+def outcomes_by_hand(kind: str, W, X, y):
+    """[len(y)]: what `outcome` says of weights W [C, D+1], in NumPy."""
+    P = scipy.special.softmax(ones(X) @ W.T, axis=1)
+    own = P[np.arange(len(y)), y]
+    return {
+        "correct": (P.argmax(axis=1) == y).astype(float),
+        "probability": own,
+        "margin": np.log(own) - np.log1p(-own),
+    }[kind]
+
+
+def difference_by_hand(a, inside):
+    """The mean of the outcomes `a` [k] inside less that outside, and its standard error."""
+    groups = a[inside], a[~inside]
+    error = np.sqrt(sum(g.var(ddof=1) / g.size for g in groups))
+    return groups[0].mean() - groups[1].mean(), error
+
+
+@pytest.mark.parametrize("outcome", ["correct", "probability", "margin"])
+def test_subsampled_memorization_is_a_difference_of_means(outcome):
+    X, y, _, risk, model = softmax_problem(14)
+    queries = X[:5] + 0.1, (y[:5] + 1) % C
+    rng = np.random.default_rng(14)
+    masks = rng.integers(0, 2, (12, N)) * rng.uniform(0.5, 2.0, (12, N))
+    found = subsampled_memorization(
+        risk, model, Newton(), masks=masks, queries=queries, outcome=outcome
+    )
+    thetas = np.asarray(leave_subset_out(risk, model, Newton(), masks=masks))
+    each = [np.hstack([t[: C * D].reshape(C, D), t[C * D :, None]]) for t in thetas]
+    own = np.array([outcomes_by_hand(outcome, W, X, y) for W in each])
+    watched = np.array([outcomes_by_hand(outcome, W, *queries) for W in each])
+    inside = masks > 0
+    np.testing.assert_array_equal(found.inside, inside.sum(axis=0))
+    np.testing.assert_array_equal(found.outside, 12 - inside.sum(axis=0))
+    for i in range(N):
+        value, error = difference_by_hand(own[:, i], inside[:, i])
+        np.testing.assert_allclose(found.memorization[i], value, atol=1e-10)
+        np.testing.assert_allclose(found.standard_error[i], error, atol=1e-10)
+        for j in range(5):
+            value, error = difference_by_hand(watched[:, j], inside[:, i])
+            np.testing.assert_allclose(found.influence[j, i], value, atol=1e-10)
+            np.testing.assert_allclose(found.influence_standard_error[j, i], error, atol=1e-10)
+
+
+def test_the_influence_of_a_point_on_itself_is_its_memorization():
+    mlp = eqx.nn.MLP(D, C, 5, 1, activation=jnp.tanh, key=jr.key(0), dtype=jnp.float64)
+    X, y, w = classification(15)
+    whole = EmpiricalRisk((X, y), SoftmaxCrossEntropy(), l2=0.1, weights=w)
+    risk, head = restrict(whole, mlp, lambda m: m.layers[-1])
+    squared = lambda model, example: jnp.square(model(example[0])[example[1]])
+    found = subsampled_memorization(
+        risk, head, Newton(), key=jr.key(3), trials=30, share=0.5, queries=(X, y), outcome=squared
+    )
+    assert float(jnp.max(jnp.abs(found.memorization))) > 1e-3
+    np.testing.assert_allclose(jnp.diagonal(found.influence), found.memorization, atol=1e-12)
+    errors = jnp.diagonal(found.influence_standard_error)
+    np.testing.assert_allclose(errors, found.standard_error, atol=1e-12)
+    np.testing.assert_array_equal(found.inside + found.outside, 30)
+    assert int(found.inside.sum()) == 30 * N // 2
+
+
+def test_a_flipped_point_is_memorized_and_a_duplicated_one_is_not():
+    # Input: the class that it looks like, and a feature of its own, which its duplicate shares.
+    own = np.concatenate([np.repeat(np.arange(10), 2), [10], [11, 11]])
+    looks = own % 2
+    X = np.hstack([2 * np.eye(2)[looks], 4 * np.eye(12)[own]])
+    y = np.where(own >= 10, 1 - looks, looks)
+    risk = EmpiricalRisk((X, y), SoftmaxCrossEntropy(), l2=1e-3)
+    start = eqx.nn.Linear(14, 2, key=jr.key(0), dtype=jnp.float64)
+    masks = np.random.default_rng(0).random((60, 23)) < 0.7
+    found = subsampled_memorization(risk, start, Newton(1e-8), masks=masks)
+    np.testing.assert_array_equal(found.memorization[:20], 0)
+    np.testing.assert_array_equal(found.memorization[20], 1)
+    # Flipped and duplicated: without it, it is explained as often as its twin was there.
+    for i, twin in ((21, 22), (22, 21)):
+        expected = 1 - masks[~masks[:, i], twin].mean()
+        np.testing.assert_allclose(found.memorization[i], expected, atol=1e-12)
+
+
+def test_subsampled_memorization_and_its_squared_error_are_unbiased():
+    """Over all 10,000 ordered draws of 4 of the 10 subsets of 3 of 5 points."""
+    rng = np.random.default_rng(16)
+    X, y = rng.standard_normal((5, 2)), np.array([0, 1, 0, 1, 1])
+    risk = EmpiricalRisk((X, y), SoftmaxCrossEntropy(), l2=0.05)
+    start = eqx.nn.Linear(2, 2, key=jr.key(0), dtype=jnp.float64)
+    every = np.array([np.isin(np.arange(5), s) for s in itertools.combinations(range(5), 3)])
+    probability = lambda m: jax.vmap(lambda x, c: jax.nn.softmax(m(x))[c])(*risk.data)
+    own = np.asarray(leave_subset_out(risk, start, Newton(), masks=every, outcome=probability))
+    truth = subsampled_memorization(risk, start, Newton(), masks=every, outcome="probability")
+    defined = [difference_by_hand(own[:, i], every[:, i])[0] for i in range(5)]
+    np.testing.assert_allclose(truth.memorization, defined, atol=1e-10)
+    draws = np.array(list(itertools.product(range(10), repeat=4)))
+    estimate = jax.jit(jax.vmap(lambda d, m: _contrast(d, m, "kn,kn->n")))
+    values, errors = map(np.asarray, estimate(jnp.asarray(own[draws]), jnp.asarray(every[draws])))
+    for i in range(5):
+        inside = every[draws][:, :, i].sum(axis=1)
+        assert np.unique(inside).tolist() == [0, 1, 2, 3, 4]
+        for count in (1, 2, 3):  # given how often the point is in
+            of = values[inside == count, i]
+            np.testing.assert_allclose(of.mean(), defined[i], atol=1e-12)
+        both = inside == 2
+        np.testing.assert_allclose((errors[both, i] ** 2).mean(), values[both, i].var(), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, r"pass `key=jax.random.key\(0\)`"),
+        ({"key": jr.key(0), "trials": 3}, "at least 4, got 3"),
+        ({"key": jr.key(0), "share": 1.0}, "some out, got 1.0"),
+        ({"key": jr.key(0), "share": 0.01}, "some in"),
+        ({"key": jr.key(0), "share": 0.9, "trials": 5}, r"fewer than 2 subsets of 5.*Raise"),
+        ({"masks": np.eye(N), "trials": 9}, "`trials` would draw others"),
+        ({"masks": np.eye(N)}, "24 of 24 points .*point 0: in 1, out of 23"),
+        ({"masks": np.ones((3, N - 1))}, r"needs shape \[k, 24\]"),
+        ({"key": jr.key(0), "outcome": "accuracy"}, "'correct', 'probability', 'margin'"),
+        ({"key": jr.key(0), "outcome": lambda m, z: m(z[0])}, r"one floating.*\(3,\)"),
+        ({"key": jr.key(0), "outcome": lambda m, z: z[1]}, "one floating.*int"),
+        ({"key": jr.key(0), "queries": (np.ones((2, D + 1)), [0, 1])}, "numeric array"),
+        ({"key": jr.key(0), "queries": (np.ones((2, 4)), np.zeros(2, int))}, "like a training"),
+    ],
+)
+def test_subsampled_memorization_refuses_what_is_undefined(options, words):
+    _, _, _, risk, model = softmax_problem(17)
+    with pytest.raises(ValueError, match=words):
+        subsampled_memorization(risk, model, Newton(), **options)
+
+
+def test_a_point_of_weight_0_is_never_in_a_subset():
+    _, _, w, risk, model = softmax_problem(17)
+    absent = risk.with_weights(bare(w, 5))
+    with pytest.raises(ValueError, match=r"1 of 24 .*point 5: in 0, out of 200.*weight 0"):
+        subsampled_memorization(absent, model, Newton(), key=jr.key(0))

@@ -38,7 +38,7 @@ def leave_subset_out(
     """
     require_concrete("leave_subset_out", risk, model0)
     validate(risk, model0)
-    masks = _checked_masks(masks, risk)
+    masks = check_subsets(masks, risk)
     return retrain(
         risk,
         model0,
@@ -51,7 +51,8 @@ def leave_subset_out(
     )
 
 
-def _checked_masks(masks, risk: EmpiricalRisk) -> Float[Array, "k n"]:
+def check_subsets(masks, risk: EmpiricalRisk) -> Float[Array, "k n"]:
+    """Masks [k, n] that multiply data weights."""
     masks = checked_masks(masks, risk.n, "subsets")
     bad = np.argwhere(~(np.isfinite(masks) & (np.asarray(masks) >= 0)))
     if bad.size:
