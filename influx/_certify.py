@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._gradients import risk_gradient
@@ -52,6 +53,7 @@ def certify(
     tier: Literal[1, 2] = 1,
     mean: bool = False,
     refine: int = 0,
+    renormalise: bool = False,
 ) -> Certificate:
     r"""Enclose the retrained truth of each training point's removal, without retraining.
 
@@ -79,10 +81,13 @@ def certify(
     - `mean`: enclose the mean over the queries, as one measurement.
     - `refine`: further chord steps θ̃ ← θ̃ − H⁻¹∇J₋ᵢ(θ̃), one gradient each (tier 1 only). One of
       them decides most signs of a held-out change.
+    - `renormalise`: the truth is training on the mean over the *other* points, whose weights grow to
+      wⱼ·W/(W − wᵢ), W = Σw (n/(n − 1) for equal ones), where by default the point is erased: 1/n
+      stays. Tier 1 only. It is the removal whose first order is `value(f, heldout).value_centred`.
 
     Rounding is enclosed as well: a term for the slope in every radius, and one for m itself. Data and
     frozen layers count as exact. The upper end of a margin is capped by P3:
-    γᵢ(θ̂₋ᵢ) ≤ γᵢ(θ̂) for hard labels.
+    γᵢ(θ̂₋ᵢ) ≤ γᵢ(θ̂) for hard labels, where points are erased.
 
     **Raises:** `ValueError` unless the outputs are affine in the kept parameters, l2 > 0 on every one
     of them, the arithmetic is float64, the loss and measurement have known bounds, and the curvature
@@ -93,7 +98,7 @@ def certify(
     **Source:** the strong-convexity bound is classical; for certified removal see Guo, Goldstein,
     Hannun & van der Maaten, arXiv:1911.03030. Tiers and constants are this project's (P11).
     """
-    _check(f, tier, refine)
+    _check(f, tier, refine, renormalise)
     indices = _checked_indices(f, indices)
     if queries is None:
         if mean:
@@ -101,7 +106,7 @@ def certify(
         eqx.filter_eval_shape(f.risk.loss.class_logits, _output(f))
         require_labels(f.risk)
         _constants(f)
-        return _own_margins(f, indices, tier, refine)
+        return _own_margins(f, indices, tier, refine, renormalise)
     f.measurement.check(f.risk, f.model, queries)
     f.measurement.constants(f.risk, f.model)
     arrays = jtu.tree_map(jnp.asarray, queries)
@@ -112,10 +117,10 @@ def certify(
             f"{example.shape}. Choose a class: `classification(f, kind, class_=0)`."
         )
     jacobian = output_jacobian(f.risk, f.model, arrays[0])
-    return _changes(f, arrays, jacobian, indices, tier, refine, mean)
+    return _changes(f, arrays, jacobian, indices, tier, refine, renormalise, mean)
 
 
-def _check(f: Influence, tier: int, refine: int) -> None:
+def _check(f: Influence, tier: int, refine: int, renormalise: bool) -> None:
     if tier not in (1, 2):
         raise ValueError(f"`tier` must be 1 or 2, got {tier!r}.")
     if not isinstance(refine, Integral) or refine < 0:
@@ -125,7 +130,17 @@ def _check(f: Influence, tier: int, refine: int) -> None:
             f"Each of `refine`'s chord steps evaluates a gradient, which tier 2 never does; got "
             f"refine={refine} at tier=2. Use tier=1."
         )
+    if tier == 2 and renormalise:
+        raise ValueError(
+            "Tier 2 bounds the slope without a point where 1/n stays; got renormalise=True at tier=2. "
+            "Use tier=1."
+        )
     require_concrete("certify", f)
+    if renormalise and np.count_nonzero(f.risk.weights) < 2:
+        raise ValueError(
+            "`renormalise=True` takes the mean over the other points, and only one has a weight above "
+            "0. Leave it out: erasing keeps 1/n."
+        )
     if not isinstance(f.scale, Unscaled) or f.masks is not None:
         raise ValueError(
             "`certify` encloses removals of single points: use `f` without `relative` or `groups`."
@@ -185,10 +200,16 @@ def _constants(f: Influence) -> LossConstants:
     return f.risk.loss.constants(_output(f))
 
 
-def _enclosures(f: Influence, tier: int, refine: int) -> Callable:
+def _enclosures(f: Influence, tier: int, refine: int, renormalise: bool) -> Callable:
     """The map from points i to θ̃ᵢ − θ̂ [k, P] and rᵢ ≥ ‖θ̂₋ᵢ − θ̃ᵢ‖ [k] (P11)."""
-    slopes = _bounded_slopes(f) if tier == 2 else _evaluated_slopes(f, refine)
-    rounding, mu = _rounding(f), jnp.min(f.risk.l2_vector(f.model))
+    growth = _growth(f.risk.weights) if renormalise else jnp.ones_like(f.risk.weights)
+    if tier == 2:
+        slopes = _bounded_slopes(f)
+    else:
+        slopes = _evaluated_slopes(f, refine, growth, _drift(f) if renormalise else None)
+    # Twice where the weights grow: their growth is a sum of n terms as well.
+    grown = jnp.max(growth) * (2 if renormalise else 1)
+    rounding, mu = _rounding(f, grown), jnp.min(f.risk.l2_vector(f.model))
 
     def enclose(indices):
         steps, slope = slopes(indices)
@@ -197,16 +218,34 @@ def _enclosures(f: Influence, tier: int, refine: int) -> Callable:
     return enclose
 
 
-def _evaluated_slopes(f: Influence, refine: int) -> Callable:
+def _growth(weights: Float[Array, " n"]) -> Float[Array, " n"]:
+    """W/(W − wᵢ): what the other points' weights grow by where the mean is over them alone. The
+    others are summed from both ends, since W − wᵢ cancels."""
+    before = lambda w: jnp.concatenate([jnp.zeros_like(w[:1]), jnp.cumsum(w)[:-1]])
+    others = before(weights) + before(weights[::-1])[::-1]
+    return jnp.where(weights > 0, (others + weights) / others, 1)
+
+
+def _drift(f: Influence) -> Float[Array, " P"]:
+    """H⁻¹∇Ω: where the model moves to first order, as the weights of all points grow.
+
+    J₋ᵢ(θ, s·w) has the minimiser of J₋ᵢ(θ, w) − (1 − 1/s) Ω(θ)."""
+    theta, _ = ravel(f.model)
+    return f.response.solve((f.risk.l2_vector(f.model) * theta)[None])[0]
+
+
+def _evaluated_slopes(f: Influence, refine: int, growth: Array, drift: Array | None) -> Callable:
     """θ̃ᵢ − θ̂ after `refine` chord steps, and ‖∇J₋ᵢ(θ̃ᵢ)‖."""
     theta, rebuild = ravel(f.model)
 
     def gradient(i, step):
-        weights = f.risk.weights.at[i].set(0)
+        weights = growth[i] * f.risk.weights.at[i].set(0)
         return risk_gradient(f.risk, rebuild(theta + step), weights)
 
     def slopes(indices):
         steps = f.response.displace(indices)
+        if drift is not None:
+            steps = steps + (1 - 1 / growth[indices])[:, None] * drift[None]
         for _ in range(refine):
             steps = steps - f.response.solve(jax.vmap(gradient)(indices, steps))
         return steps, jnp.linalg.norm(jax.vmap(gradient)(indices, steps), axis=1)
@@ -228,13 +267,14 @@ def _bounded_slopes(f: Influence) -> Callable:
     return slopes
 
 
-def _rounding(f: Influence) -> Callable:
+def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
     """The map from steps to bounds on the rounding error of a computed ∇J₋ᵢ(θ̃ᵢ), in norm.
 
     A sum of N terms is wrong by at most N·u times the sum of their sizes, u the unit roundoff. The
     terms are the n example gradients (sizes at most ‖Aⱼ‖·‖∂ℓⱼ‖) and l2·θ; the outputs Aⱼθ + bⱼ behind
     ∂ℓⱼ are themselves inner products of length P, and their error enters through the loss's smoothness.
-    The few roundings inside the loss are covered by the constant 64.
+    The few roundings inside the loss, and of the weights, are covered by the constant 64. `growth` is
+    what the weights have grown by at most.
     """
     theta, _ = ravel(f.model)
     norms, smooth = _jacobian(f).norms(), _constants(f).smoothness
@@ -254,7 +294,8 @@ def _rounding(f: Influence) -> Callable:
         length = jnp.linalg.norm(theta) + jnp.linalg.norm(steps, axis=1)
         curved = curvature * length
         sizes = 2 * curved + offset  # of outputs: ‖Aθ‖ + ‖b‖, ‖b‖ ≤ ‖Aθ‖ + ‖output‖
-        return unit * (terms * (slopes + curved) + theta.size * sizes + 4 * l2 * length)
+        data_terms = terms * (slopes + curved) + theta.size * sizes
+        return unit * (growth * data_terms + 4 * l2 * length)
 
     return bound
 
@@ -358,9 +399,9 @@ def _settled_radius(f: Influence) -> Float[Array, ""]:
 
 
 @eqx.filter_jit
-def _own_margins(f: Influence, indices, tier: int, refine: int) -> Certificate:
+def _own_margins(f: Influence, indices, tier: int, refine: int, renormalise: bool) -> Certificate:
     theta, _ = ravel(f.model)
-    enclose, settled = _enclosures(f, tier, refine), _settled_radius(f)
+    enclose, settled = _enclosures(f, tier, refine, renormalise), _settled_radius(f)
     own = lambda step, z, o, norm: _ball(f, Margin(), step, z, o, norm)
 
     def block(places):
@@ -372,7 +413,7 @@ def _own_margins(f: Influence, indices, tier: int, refine: int) -> Certificate:
         at = jax.vmap(own, (None, 0, 0, 0))(jnp.zeros_like(theta), data, outer, norms)
         error, error_at = without.error(radius), at.error(settled)
         lower, upper = without.value - error, without.value + error
-        if _constants(f).hard:  # P3, for points that were trained on
+        if _constants(f).hard and not renormalise:  # P3, for points that were trained on
             cap = jnp.minimum(upper, at.value + error_at)
             upper = jnp.where(f.risk.weights[i] > 0, cap, upper)
         decided = _decides(at.value, error_at, lower, upper)
@@ -397,10 +438,12 @@ def _changes(
     indices,
     tier: int,
     refine: int,
+    renormalise: bool,
     mean: bool,
 ) -> Certificate:
     theta, _ = ravel(f.model)
-    enclose, outer, norms = _enclosures(f, tier, refine), jacobian.outer(), jacobian.norms()
+    enclose = _enclosures(f, tier, refine, renormalise)
+    outer, norms = jacobian.outer(), jacobian.norms()
 
     def balls(step):
         if mean:

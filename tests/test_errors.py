@@ -869,6 +869,18 @@ VERBS = {
     ),
     "tier": (lambda w: ix.certify(w.f, tier=3), "got 3", "1 or 2"),
     "refine": (lambda w: ix.certify(w.f, tier=2, refine=1), "refine=1 at tier=2", "Use tier=1"),
+    "renormalise": (
+        lambda w: ix.certify(w.f, tier=2, renormalise=True),
+        "renormalise=True at tier=2",
+        "Use tier=1",
+    ),
+    "renormalise a single point": (
+        lambda w: ix.certify(
+            eqx.tree_at(lambda f: f.risk.weights, w.f, jnp.eye(N)[3]), renormalise=True
+        ),
+        "only one has a weight above 0",
+        "Leave it out",
+    ),
     "certify mean of classes": (
         lambda w: ix.certify(ix.classification(w.f, "probability"), (Xq, yq), mean=True),
         r"this measurement has \(3,\)",

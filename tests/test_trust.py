@@ -162,11 +162,42 @@ def test_certificates_contain_the_retrained_margins(name):
     # The truth itself is known up to ‖∇J₋ᵢ‖/μ, times the Lipschitz constant of a margin.
     lengths = jnp.sqrt(2 + 2 * jnp.sum(jnp.square(risk.data[0]), axis=1))
     slack = 1e-12 / float(jnp.min(risk.l2_vector(model))) * lengths
-    for tier, refine in ((1, 0), (1, 1), (2, 0)):
-        got = ix.certify(f, tier=tier, refine=refine)
-        assert bool(jnp.all((got.lower - slack <= truth) & (truth <= got.upper + slack)))
-        label = jnp.where(trained <= 0, 2, (truth <= 0).astype(int))
+    total = float(risk.weights.sum())
+    rest = [risk.with_weights(risk.weights.at[i].set(0)) for i in range(40)]
+    grown = [r.with_weights(r.weights * (total / float(r.weights.sum()))) for r in rest]
+    renormalised = jnp.stack([margins(ix.fit(r, model, trainer))[i] for i, r in enumerate(grown)])
+    for tier, refine, renormalise in ((1, 0, False), (1, 1, False), (2, 0, False), (1, 1, True)):
+        got = ix.certify(f, tier=tier, refine=refine, renormalise=renormalise)
+        inside = renormalised if renormalise else truth
+        assert bool(jnp.all((got.lower - slack <= inside) & (inside <= got.upper + slack)))
+        label = jnp.where(trained <= 0, 2, (inside <= 0).astype(int))
         assert not bool(jnp.any(got.certified & (got.label != label)))
+
+
+def test_the_renormalised_certificate_is_that_of_the_mean_over_the_rest():
+    """It is narrow, and its middle is nearer by orders than the centred value and than erasing."""
+    _, risk, model, queries = problem("softmax")
+    f, n = ix.influence(risk, model), risk.n
+    loss = lambda m: jnp.mean(risk.losses(m, queries))
+    weights = risk.weights / jnp.mean(risk.weights)
+    risk = risk.with_weights(weights)
+    model = ix.fit(risk, model, ix.Newton(tolerance=1e-12))
+    f = ix.influence(risk, model)
+    truth = []
+    for i in range(n):
+        others = weights.at[i].set(0)
+        rest = risk.with_weights(others * n / jnp.sum(others))
+        truth.append(loss(ix.fit(rest, model, ix.Newton(tolerance=1e-12))) - loss(model))
+    truth = jnp.stack(truth)
+    errors = {}
+    for refine in (0, 2):
+        got = ix.certify(f, queries, mean=True, refine=refine, renormalise=True)
+        assert bool(jnp.all((got.lower <= truth + 1e-11) & (truth <= got.upper + 1e-11)))
+        errors[refine] = float(jnp.max(jnp.abs((got.lower + got.upper) / 2 - truth)))
+    first = weights * ix.value(f, queries).value_centred / n
+    erased = ix.certify(f, queries, mean=True, refine=2)
+    erasing = float(jnp.max(jnp.abs((erased.lower + erased.upper) / 2 - truth)))
+    assert errors[2] < 0.1 * errors[0] < 0.1 * min(float(jnp.max(jnp.abs(first - truth))), erasing)
 
 
 # --- rounding: the truth in extended precision ------------------------------------------------------
@@ -209,10 +240,14 @@ def test_enclosures_hold_beyond_double_precision(l2):
     f = ix.influence(risk, ix.fit(risk, start, ix.Newton(tolerance=1e-12)))
     queries = (7 * rng.normal(size=(6, 3)), rng.integers(0, 3, 6))
     at = long_loss(extended_retraining(x, y, weights, l2), *queries)
-    keep = lambda i: np.where(np.arange(20) == i, 0, weights)
-    each = [long_loss(extended_retraining(x, y, keep(i), l2), *queries) for i in range(20)]
-    change = np.stack(each, axis=1) - at[:, None]
-    for options in ({"refine": 0}, {"refine": 3}, {"tier": 2}):
+    keep = lambda i: np.where(np.arange(20) == i, 0, weights).astype(np.longdouble)
+    grown = lambda w: w * (weights.astype(np.longdouble).sum() / w.sum())
+    without = lambda w: long_loss(extended_retraining(x, y, w, l2), *queries) - at
+    erased = np.stack([without(keep(i)) for i in range(20)], axis=1)
+    renormalised = np.stack([without(grown(keep(i))) for i in range(20)], axis=1)
+    mean_of_rest = {"refine": 3, "renormalise": True}
+    for options in ({"refine": 0}, {"refine": 3}, {"tier": 2}, mean_of_rest):
+        change = renormalised if options is mean_of_rest else erased
         for mean in (False, True):
             got, truth = ix.certify(f, queries, mean=mean, **options), change
             truth = truth.mean(axis=0) if mean else truth

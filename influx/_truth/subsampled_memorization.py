@@ -166,9 +166,7 @@ def _margin(logits: Float[Array, " C"], label: Int[Array, ""]) -> Float[Array, "
 _NAMED = {"correct": _correct, "probability": _probability, "margin": _margin}
 
 
-def _of_example(
-    risk: EmpiricalRisk, model0: Model, outcome: Any
-) -> Callable[[Any, Example], Array]:
+def _of_example(risk: EmpiricalRisk, model0: Model, outcome: Any) -> Callable:
     if isinstance(outcome, str) and outcome in _NAMED:
         class_logits_shape(risk, model0)
         require_labels(risk)
