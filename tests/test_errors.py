@@ -855,10 +855,10 @@ VERBS = {
     ),
     "subsampled memorization of classes": (
         lambda w: ix.subsampled_memorization(
-            w.f.risk, w.model, ix.Newton(), key=jr.key(0), outcome=lambda m, z: m(z[0])
+            w.f.risk, w.model, ix.Newton(), key=jr.key(0), outcome=lambda m, z: z[1]
         ),
-        r"got float64 of shape \(3,\)",
-        "must answer one floating-point number",
+        "got int64 of shape",
+        "must answer a floating-point number.*astype",
     ),
     "subsampled memorization of a regression": (
         lambda w: ix.subsampled_memorization(

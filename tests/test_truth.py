@@ -470,6 +470,23 @@ def test_the_influence_of_a_point_on_itself_is_its_memorization():
     assert int(found.inside.sum()) == 30 * N // 2
 
 
+def test_a_vector_of_outcomes_is_each_of_them():
+    X, y, _, risk, model = softmax_problem(18)
+    queries = X[:4] - 0.2, y[:4]
+    run = lambda outcome: subsampled_memorization(
+        risk, model, Newton(), key=jr.key(1), trials=20, queries=queries, outcome=outcome
+    )
+    both = run(lambda m, z: jnp.stack([jax.nn.softmax(m(z[0]))[z[1]], jnp.sum(m(z[0]) ** 3)]))
+    assert both.memorization.shape == (2, N)
+    assert both.influence.shape == (4, 2, N)
+    for c, one in enumerate(("probability", lambda m, z: jnp.sum(m(z[0]) ** 3))):
+        alone = run(one)
+        for name in ("memorization", "standard_error"):
+            np.testing.assert_allclose(getattr(both, name)[c], getattr(alone, name), atol=1e-12)
+        for name in ("influence", "influence_standard_error"):
+            np.testing.assert_allclose(getattr(both, name)[:, c], getattr(alone, name), atol=1e-12)
+
+
 def test_a_flipped_point_is_memorized_and_a_duplicated_one_is_not():
     # Input: the class that it looks like, and a feature of its own, which its duplicate shares.
     own = np.concatenate([np.repeat(np.arange(10), 2), [10], [11, 11]])
@@ -501,7 +518,7 @@ def test_subsampled_memorization_and_its_squared_error_are_unbiased():
     defined = [difference_by_hand(own[:, i], every[:, i])[0] for i in range(5)]
     np.testing.assert_allclose(truth.memorization, defined, atol=1e-10)
     draws = np.array(list(itertools.product(range(10), repeat=4)))
-    estimate = jax.jit(jax.vmap(lambda d, m: _contrast(d, m, "kn,kn->n")))
+    estimate = jax.jit(jax.vmap(lambda d, m: _contrast(d, m, "kn,kn...->...n")))
     values, errors = map(np.asarray, estimate(jnp.asarray(own[draws]), jnp.asarray(every[draws])))
     for i in range(5):
         inside = every[draws][:, :, i].sum(axis=1)
@@ -525,8 +542,8 @@ def test_subsampled_memorization_and_its_squared_error_are_unbiased():
         ({"masks": np.eye(N)}, "24 of 24 points .*point 0: in 1, out of 23"),
         ({"masks": np.ones((3, N - 1))}, r"needs shape \[k, 24\]"),
         ({"key": jr.key(0), "outcome": "accuracy"}, "'correct', 'probability', 'margin'"),
-        ({"key": jr.key(0), "outcome": lambda m, z: m(z[0])}, r"one floating.*\(3,\)"),
-        ({"key": jr.key(0), "outcome": lambda m, z: z[1]}, "one floating.*int"),
+        ({"key": jr.key(0), "outcome": lambda m, z: m(z[0])[None]}, r"a floating.*\(1, 3\)"),
+        ({"key": jr.key(0), "outcome": lambda m, z: z[1]}, "a floating.*int"),
         ({"key": jr.key(0), "queries": (np.ones((2, D + 1)), [0, 1])}, "numeric array"),
         ({"key": jr.key(0), "queries": (np.ones((2, 4)), np.zeros(2, int))}, "like a training"),
     ],

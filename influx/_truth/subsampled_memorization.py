@@ -27,16 +27,18 @@ SHARE, TRIALS = 0.7, 200
 class SubsampledMemorization(eqx.Module):
     """What `subsampled_memorization` found.
 
-    - `memorization`: of every training point; `standard_error`: of each
-    - `influence`: of training point i on query j at [j, i], and its `influence_standard_error`;
-      `None` without queries
+    - `memorization`: of every training point, [n]; `standard_error`: of each
+    - `influence`: of the training points (columns) on the queries (rows), [m, n], and its
+      `influence_standard_error`; `None` without queries
     - `inside`, `outside`: how many of the trainings each point was in, and out of
+
+    For an outcome of c numbers they are [c, n] and [m, c, n].
     """
 
-    memorization: Float[Array, " n"]
-    standard_error: Float[Array, " n"]
-    influence: Float[Array, "m n"] | None
-    influence_standard_error: Float[Array, "m n"] | None
+    memorization: Float[Array, "*c n"]
+    standard_error: Float[Array, "*c n"]
+    influence: Float[Array, "m *c n"] | None
+    influence_standard_error: Float[Array, "m *c n"] | None
     inside: Int[Array, " n"]
     outside: Int[Array, " n"]
 
@@ -88,15 +90,15 @@ def subsampled_memorization(
     - `queries`: examples to estimate influence on, like the training data.
     - `outcome`: `"correct"`, whether argmax is the label (theirs); `"probability"`, p_y, whose
       memorization is the counterpart of `memorization(f).score`; `"margin"`, the log-odds of p_y; or
-      any function of (model, example) that answers one number. The last three vary where correctness
-      is constant: less noise at the same k.
+      any function of (model, example) that answers a number, or a vector of c: the same trainings then
+      serve c outcomes. Probability and margin vary where correctness is constant.
 
     **Standard errors** are those of a difference of two means over independent trainings,
     √(s²_in/k_in + s²_out/k_out). Where an outcome never varies, they are 0.
 
     **Raises:** `ValueError` for masks beside a key (or neither), a share that leaves nobody in or out,
     a point in or out of fewer than two subsets (its error is undefined), labels or queries that do
-    not fit, and an outcome that is not one number; `RuntimeError` as `leave_subset_out`.
+    not fit, and an outcome of anything but numbers; `RuntimeError` as `leave_subset_out`.
 
     **Cost:** k trainings, and m·n·k products.
 
@@ -178,10 +180,10 @@ def _of_example(risk: EmpiricalRisk, model0: Model, outcome: Any) -> Callable:
         )
     of_first = lambda model: jnp.asarray(outcome(risk.whole(model), take(risk.data, 0)))
     answer = eqx.filter_eval_shape(of_first, model0)
-    if answer.shape != () or not jnp.issubdtype(answer.dtype, jnp.floating):
+    if len(answer.shape) > 1 or not jnp.issubdtype(answer.dtype, jnp.floating):
         raise ValueError(
-            f"`outcome` must answer one floating-point number for (model, example), got "
-            f"{answer.dtype} of shape {answer.shape}. Write `.astype(float)` for a yes or no."
+            f"`outcome` must answer a floating-point number, or a vector of them, for (model, example); "
+            f"got {answer.dtype} of shape {answer.shape}. Write `.astype(float)` for a yes or no."
         )
     return outcome
 
@@ -234,27 +236,26 @@ def _check_counts(inside: np.ndarray) -> None:
 
 @eqx.filter_jit
 def _estimated(
-    own: Float[Array, "k n"], watched: Float[Array, "k m"] | None, inside: Bool[Array, "k n"]
+    own: Float[Array, "k n *c"], watched: Float[Array, "k m *c"] | None, inside: Bool[Array, "k n"]
 ) -> SubsampledMemorization:
-    memorization, error = _contrast(own, inside, "kn,kn->n")
-    influence = (None, None) if watched is None else _contrast(watched, inside, "kn,km->mn")
+    memorization, error = _contrast(own, inside, "kn,kn...->...n")
+    on_queries = (None, None) if watched is None else _contrast(watched, inside, "kn,km...->m...n")
     count = jnp.sum(inside, axis=0)
-    return SubsampledMemorization(memorization, error, *influence, count, inside.shape[0] - count)
+    return SubsampledMemorization(memorization, error, *on_queries, count, inside.shape[0] - count)
 
 
-def _contrast(outcomes: Float[Array, "k c"], inside: Bool[Array, "k n"], pairs: str):
+def _contrast(outcomes: Float[Array, "k ..."], inside: Bool[Array, "k n"], pairs: str):
     """The mean outcome of the trainings with each point less that of those without it, and the
-    standard error of the difference; `pairs` says which outcomes belong to which point."""
+    standard error of the difference; `pairs` says which outcomes go with which points."""
     # Deviations from the mean over all trainings: their squares do not cancel.
     centred = outcomes - jnp.mean(outcomes, axis=0, keepdims=True)
 
     def moments(members):
         members = members.astype(outcomes.dtype)
-        count = jnp.sum(members, axis=0)
-        over = count if pairs.endswith("->n") else count[None, :]
-        mean = einsum(pairs, members, centred) / over
-        spread = einsum(pairs, members, jnp.square(centred)) / over - jnp.square(mean)
-        return mean, jnp.maximum(spread, 0) / (over - 1)
+        total, squares = (einsum(pairs, members, x) for x in (centred, jnp.square(centred)))
+        count = jnp.broadcast_to(jnp.sum(members, axis=0), total.shape)
+        mean = total / count
+        return mean, jnp.maximum(squares / count - jnp.square(mean), 0) / (count - 1)
 
     (within, error_within), (without, error_without) = moments(inside), moments(~inside)
     return within - without, jnp.sqrt(error_within + error_without)
