@@ -268,6 +268,7 @@ def signs(console: Console, name: str, noise: float, refines=(0, 1, 2)) -> None:
     )  # fmt: skip
     grown = risk.with_weights(risk.weights * n / (n - 1))
     conventions = {"erased": (risk, worth.value), "renormalised": (grown, worth.value_centred)}
+    unresolved = ""
     for convention, (trained_on, first) in conventions.items():
         start = time.perf_counter()
         after = ix.leave_one_out(trained_on, model, EXACT, outcome=loss)
@@ -284,12 +285,14 @@ def signs(console: Console, name: str, noise: float, refines=(0, 1, 2)) -> None:
             seconds = f"{time.perf_counter() - start:.0f}"
             wrong = (sure & (np.where(lower > 0, 1, -1) != np.sign(change))).sum()
             inside = ((lower <= change) & (change <= upper)).sum()
-            steps = "a Newton step" + f" and {refine} chord" * (refine > 0)
+            steps = "Newton step" + f" + {refine} chord" * (refine > 0)
             table.add_row(
                 *where, steps, *agreement((lower + upper) / 2, change),
                 f"{sure.mean():.2%}", str(wrong), str(inside), seconds,
             )  # fmt: skip
-    console.print(f"\n{name}: {n} points, {heldout[1].size} held out", table)
+        below = (np.abs(change) <= np.finfo(float).eps * float(loss(model))).sum()
+        unresolved += f"; {convention}, {below} changes are below the rounding of the loss"
+    console.print(f"\n{name}: {n} points, {heldout[1].size} held out{unresolved}", table)
 
 
 def agreement(predicted, change) -> tuple[str, str, str]:
