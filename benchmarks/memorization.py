@@ -257,7 +257,7 @@ SIGNS = {
 }
 
 
-def signs(console: Console, name: str, noise: float, refines=(0, 1, 2)) -> None:
+def signs(console: Console, name: str, noise: float, refines=(0, 1, 2, 3)) -> None:
     risk, model, heldout = SIGNS[name](noise)
     n, f = risk.n, ix.influence(risk, model, ix.Hessian())
     worth = ix.value(f, heldout)

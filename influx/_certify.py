@@ -271,10 +271,11 @@ def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
     """The map from steps to bounds on the rounding error of a computed ∇J₋ᵢ(θ̃ᵢ), in norm.
 
     A sum of N terms is wrong by at most N·u times the sum of their sizes, u the unit roundoff. The
-    terms are the n example gradients (sizes at most ‖Aⱼ‖·‖∂ℓⱼ‖) and l2·θ; the outputs Aⱼθ + bⱼ behind
-    ∂ℓⱼ are themselves inner products of length P, and their error enters through the loss's smoothness.
-    The few roundings inside the loss, and of the weights, are covered by the constant 64. `growth` is
-    what the weights have grown by at most.
+    terms are l2·θ and the n example gradients, of sizes at most ‖Aⱼ‖(‖∂ℓⱼ(θ̂)‖ + β‖Aⱼ‖‖θ̃ᵢ − θ̂‖), each
+    with inner products of its own. The outputs Aⱼθ + bⱼ behind ∂ℓⱼ are inner products as well, and their
+    error enters through the loss's smoothness β. Two constants cover the few roundings inside the loss:
+    16 for those relative to the outputs, 64 for those relative to its steepest slope. `growth` is what
+    the weights have grown by at most.
     """
     theta, _ = ravel(f.model)
     norms, smooth = _jacobian(f).norms(), _constants(f).smoothness
@@ -283,18 +284,21 @@ def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
     )
     slopes = f.risk.mean(norms * jax.vmap(at_output)(f.risk.data))
     curvature = f.risk.mean(smooth * norms**2)
-    outputs = jax.vmap(lambda x: jnp.linalg.norm(f.risk.output(f.model, x).reshape(-1)))(
-        f.risk.data[0]
-    )
-    offset = f.risk.mean(smooth * norms * outputs)
+    outputs = jax.vmap(lambda x: f.risk.output(f.model, x).reshape(-1))(f.risk.data[0])
+    constant = jnp.linalg.norm(outputs - _jacobian(f).push(theta), axis=1)  # ‖bⱼ‖
+    offset = f.risk.mean(smooth * norms * constant)
+    # A loss without a steepest slope is a polynomial of its output: its roundings are relative.
+    steepest = jnp.asarray(_constants(f).lipschitz, theta.dtype)
+    inside = jnp.where(jnp.isfinite(steepest), steepest, 0) * f.risk.mean(norms)
     l2 = jnp.max(f.risk.l2_vector(f.model))
-    terms, unit = f.risk.n + 64, jnp.finfo(theta.dtype).eps / 2
+    products, unit = _jacobian(f).length + 16, jnp.finfo(theta.dtype).eps / 2
 
     def bound(steps):
-        length = jnp.linalg.norm(theta) + jnp.linalg.norm(steps, axis=1)
-        curved = curvature * length
-        sizes = 2 * curved + offset  # of outputs: ‖Aθ‖ + ‖b‖, ‖b‖ ≤ ‖Aθ‖ + ‖output‖
-        data_terms = terms * (slopes + curved) + theta.size * sizes
+        moved = jnp.linalg.norm(steps, axis=1)
+        length = jnp.linalg.norm(theta) + moved
+        sizes = curvature * length + offset  # of outputs: ‖A‖‖θ‖ + ‖b‖
+        summed = (f.risk.n + products) * (slopes + curvature * moved)
+        data_terms = summed + products * sizes + 64 * inside
         return unit * (growth * data_terms + 4 * l2 * length)
 
     return bound

@@ -53,6 +53,12 @@ class AbstractJacobian(eqx.Module):
 
     @property
     @abc.abstractmethod
+    def length(self) -> int:
+        """How many parameters one number of an output can depend on: the most that any row of A holds
+        besides zeros."""
+
+    @property
+    @abc.abstractmethod
     def affine(self) -> bool:
         """Whether the outputs are affine in θ, so that A does not depend on it."""
 
@@ -125,6 +131,10 @@ class OutputJacobian(AbstractJacobian):
     def outputs(self):
         theta, _ = ravel(self.model)
         return jax.eval_shape(self._output, theta, take(self.inputs, 0)).size
+
+    @property
+    def length(self):
+        return ravel(self.model)[0].size
 
     def _output(self, theta, x):
         _, rebuild = ravel(self.model)
@@ -222,6 +232,10 @@ class HeadJacobian(AbstractJacobian):
     @property
     def outputs(self):
         return self.classes
+
+    @property
+    def length(self):
+        return self.features.shape[1]
 
     @property
     def affine(self):
