@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import influx as ix
+from influx._certify import _rounding
+from influx._gradients import risk_gradient
 from influx._misc import ravel
 from influx.testing import BrokenLaw
 from tests.helpers import linear_model, problem
@@ -254,6 +256,44 @@ def test_enclosures_hold_beyond_double_precision(l2):
             assert np.all((np.asarray(got.lower) <= truth) & (truth <= np.asarray(got.upper)))
             sign = np.where(np.asarray(got.lower) > 0, 1, -1)
             assert not np.any(np.asarray(got.certified) & (sign * truth <= 0))
+
+
+def long_gradient(theta, x, y, l2: float, offset: float):
+    """∇J of a linear layer's parameters (weight, then bias) in 80 bits, the data as they are."""
+    long = np.longdouble
+    C, (n, d) = int(y.max()) + 1, x.shape
+    W, b = theta[: C * d].reshape(C, d).astype(long), theta[C * d :].astype(long)
+    z = x.astype(long) @ W.T + b + long(offset)
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    error = p / p.sum(axis=1, keepdims=True) - np.eye(C, dtype=long)[y]
+    weight = error.T @ x.astype(long) / n + long(l2) * W
+    return np.concatenate([weight.ravel(), error.sum(axis=0) / n + long(l2) * b])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("size", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("offset", [0.0, 1e8])
+def test_the_bound_on_a_gradients_rounding_contains_it(scale, size, offset):
+    """Large and small data, parameters and offsets; at θ̂ and away from it."""
+    rng = np.random.default_rng(3)
+    x, y = scale * rng.normal(size=(300, 6)), rng.integers(0, 4, 300)
+    predict = lambda model, z: model(z) + offset
+    risk = ix.EmpiricalRisk((x, y), ix.SoftmaxCrossEntropy(), l2=1e-2, predict=predict)
+    model = eqx.nn.Linear(6, 4, key=jr.key(0))
+    vector = size / scale * rng.normal(size=28)
+    vector[24:] = size * rng.normal(size=4)
+    rebuild = ravel(model)[1]
+    model = rebuild(jnp.asarray(vector))
+    f = ix.influence(risk, model, ix.GaussNewton())
+    for moved in (0.0, 1.0):
+        step = moved * rng.normal(size=28) * np.abs(vector)
+        at = jnp.asarray(vector + step)
+        got = np.asarray(risk_gradient(risk, rebuild(at)))
+        error = np.linalg.norm(got - long_gradient(np.asarray(at), x, y, 1e-2, offset))
+        bound = float(_rounding(f)(jnp.asarray(step)[None])[0])
+        assert error <= bound
+        if offset == 0 and size <= 1 and scale <= 1:  # else the rounding may happen to be small
+            assert bound <= 1e5 * error
 
 
 def test_a_common_offset_of_the_logits_is_enclosed():

@@ -474,7 +474,7 @@ def test_a_vector_of_outcomes_is_each_of_them():
     X, y, _, risk, model = softmax_problem(18)
     queries = X[:4] - 0.2, y[:4]
     run = lambda outcome: subsampled_memorization(
-        risk, model, Newton(), key=jr.key(1), trials=20, queries=queries, outcome=outcome
+        risk, model, Newton(), key=jr.key(1), trials=30, share=0.5, queries=queries, outcome=outcome
     )
     both = run(lambda m, z: jnp.stack([jax.nn.softmax(m(z[0]))[z[1]], jnp.sum(m(z[0]) ** 3)]))
     assert both.memorization.shape == (2, N)
