@@ -322,4 +322,4 @@ def main(console: Console, parts=PARTS) -> None:
 
 
 if __name__ == "__main__":
-    main(Console(width=130), sys.argv[1:] or PARTS)
+    main(Console(width=150), sys.argv[1:] or PARTS)
