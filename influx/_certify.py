@@ -272,10 +272,10 @@ def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
 
     A sum of N terms is wrong by at most N·u times the sum of their sizes, u the unit roundoff. The
     terms are l2·θ and the n example gradients, of sizes at most ‖Aⱼ‖(‖∂ℓⱼ(θ̂)‖ + β‖Aⱼ‖‖θ̃ᵢ − θ̂‖), each
-    with inner products of its own. The outputs Aⱼθ + bⱼ behind ∂ℓⱼ are inner products as well, and their
-    error enters through the loss's smoothness β. Two constants cover the few roundings inside the loss:
-    16 for those relative to the outputs, 64 for those relative to its steepest slope. `growth` is what
-    the weights have grown by at most.
+    with K products of its own. The outputs Aⱼθ + bⱼ behind ∂ℓⱼ are inner products as well, and their
+    error enters through the loss's smoothness β. Inside the loss there are sums over the K outputs and a
+    few roundings more, for which constants stand: 16 for those relative to the outputs, 64 for those
+    relative to its steepest slope. `growth` is what the weights have grown by at most.
     """
     theta, _ = ravel(f.model)
     norms, smooth = _jacobian(f).norms(), _constants(f).smoothness
@@ -290,15 +290,16 @@ def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
     # A loss without a steepest slope is a polynomial of its output: its roundings are relative.
     steepest = jnp.asarray(_constants(f).lipschitz, theta.dtype)
     inside = jnp.where(jnp.isfinite(steepest), steepest, 0) * f.risk.mean(norms)
+    each = _jacobian(f).outputs
     l2 = jnp.max(f.risk.l2_vector(f.model))
-    products, unit = _jacobian(f).length + 16, jnp.finfo(theta.dtype).eps / 2
+    products, unit = _jacobian(f).length + each + 16, jnp.finfo(theta.dtype).eps / 2
 
     def bound(steps):
         moved = jnp.linalg.norm(steps, axis=1)
         length = jnp.linalg.norm(theta) + moved
         sizes = curvature * length + offset  # of outputs: ‖A‖‖θ‖ + ‖b‖
         summed = (f.risk.n + products) * (slopes + curvature * moved)
-        data_terms = summed + products * sizes + 64 * inside
+        data_terms = summed + products * sizes + (64 + each) * inside
         return unit * (growth * data_terms + 4 * l2 * length)
 
     return bound
