@@ -17,8 +17,9 @@ STATEMENT
         s and t the factors' eigenvalues, and no fewer terms do.
     (f) The coordinates c of the eigenbasis that are kept leave out at most the share `tolerance`:
             Σ_{c left out} (Λ_c R_c)² ≤ tolerance² Σ_c (Λ_c R_c)²,
-        and no fewer do. If the coordinates of two gradients v, v' are uncorrelated, of mean squares Λ_c
-        and independent of one another, it is the mean square of the error of vᵀRv' over that of vᵀRv'.
+        and no fewer do (of more than 16: none fewer by a sixteenth of all). If the coordinates of two
+        gradients v, v' are uncorrelated, of mean squares Λ_c and independent of one another, it is the
+        mean square of the error of vᵀRv' over that of vᵀRv'.
 
 ASSUMPTIONS
     The same Fisher in F and in the factors. (d), (e), (f) need nothing else, but what they state.
