@@ -14,12 +14,12 @@ STATEMENT
         of all matrices with eigenvectors Q: ‖F − EK-FAC‖ ≤ ‖F − K-FAC‖; its trace is F's.
     (e) The terms p, q that stand for R = 1/(Λ + l2 + λ) leave out at most the share `tolerance`:
             ‖diag(s)(R − Σ_ρ p⊗q)diag(t)‖ ≤ tolerance · ‖diag(s) R diag(t)‖  in Frobenius norm,
-        s and t the factors' eigenvalues, and no fewer terms do.
+        s and t the factors' eigenvalues, and no fewer terms do (no fewer by four, of a multiple of four).
     (f) The coordinates c of the eigenbasis that are kept leave out at most the share `tolerance`:
             Σ_{c left out} (Λ_c R_c)² ≤ tolerance² Σ_c (Λ_c R_c)²,
-        and no fewer do (of more than 16: none fewer by a sixteenth of all). If the coordinates of two
-        gradients v, v' are uncorrelated, of mean squares Λ_c and independent of one another, it is the
-        mean square of the error of vᵀRv' over that of vᵀRv'.
+        and less than half of them do not (a half, a quarter, an eighth … of all are kept, or all). If
+        the coordinates of two gradients v, v' are uncorrelated, of mean squares Λ_c and independent of
+        one another, it is the mean square of the error of vᵀRv' over that of vᵀRv'.
 
 ASSUMPTIONS
     The same Fisher in F and in the factors. (d), (e), (f) need nothing else, but what they state.
@@ -358,8 +358,9 @@ def terms(problem, subject) -> dict[str, float]:
         found[f"terms {block.layer.paths[0]}"] = above(
             left_out, TOLERANCE * np.linalg.norm(weigh(R)), slack=1e-4
         )
-        fewer = np.linalg.svd(weigh(R), compute_uv=False)[len(p) - 1 :]
-        if len(p) > 1:
+        step = 1 if len(p) % 4 else 4
+        fewer = np.linalg.svd(weigh(R), compute_uv=False)[len(p) - step :]
+        if len(p) > step:
             found[f"no fewer {block.layer.paths[0]}"] = above(
                 TOLERANCE * np.linalg.norm(weigh(R)), np.linalg.norm(fewer), slack=1e-4
             )
@@ -389,9 +390,13 @@ def coordinates(problem, subject) -> dict[str, float]:
         found[f"coordinates {block.layer.paths[0]}"] = above(
             left_out, COARSE**2 * least[-1], slack=1e-6, size=1e-12
         )
-        if len(kept) > 1:
+        fewer = (len(kept) - 1) // 2
+        if fewer > 0:
             found[f"no fewer coordinates {block.layer.paths[0]}"] = above(
-                COARSE**2 * least[-1], least[-1] - least[len(kept) - 2], slack=1e-6, size=1e-12
+                COARSE**2 * least[-1],
+                least[-1] - least[fewer - 1],
+                slack=1e-6,
+                size=1e-12,
             )
     return found
 
@@ -427,9 +432,9 @@ def _weaker_terms(block):
     )
 
 
-def _one_fewer(block, penalties, tolerance):
+def _half(block, penalties, tolerance):
     block = truncated(block, penalties, tolerance)
-    return block if block.kept is None else _swap(lambda b: b.kept, lambda c: c[1:])(block)
+    return block if block.kept is None else _swap(lambda b: b.kept, lambda c: c[::2])(block)
 
 
 MUTANTS = {
@@ -448,7 +453,7 @@ MUTANTS = {
     "expand for reduce": settings_changed(sharing="expand"),
     "a term too large": changed(_weaker_terms),
     "a tolerance ten times too large": settings_changed(tolerance=0.99),
-    "a coordinate fewer": replace(SUBJECT, truncate=_one_fewer),
+    "half of the coordinates": replace(SUBJECT, truncate=_half),
     "penalty taken for data": replace(SUBJECT, truncate=lambda b, p, t: truncated(b, 0 * p, t)),
     "a share not squared": replace(SUBJECT, truncate=lambda b, p, t: truncated(b, p, t**0.5)),
 }  # fmt: skip

@@ -33,12 +33,12 @@ class Tokens(eqx.Module):
     norm: eqx.nn.LayerNorm
     head: eqx.nn.Linear
 
-    def __init__(self, key):
+    def __init__(self, key, width=4):
         a, b, c, d = jr.split(key, 4)
-        self.embed = eqx.nn.Embedding(9, 4, key=a)
-        self.position = jr.normal(b, (5, 4))
-        self.attention = eqx.nn.MultiheadAttention(2, 4, use_query_bias=True, key=c)
-        self.norm, self.head = eqx.nn.LayerNorm(4), eqx.nn.Linear(4, C, key=d)
+        self.embed = eqx.nn.Embedding(9, width, key=a)
+        self.position = jr.normal(b, (5, width))
+        self.attention = eqx.nn.MultiheadAttention(2, width, use_query_bias=True, key=c)
+        self.norm, self.head = eqx.nn.LayerNorm(width), eqx.nn.Linear(width, C, key=d)
 
     def __call__(self, ids):
         x = jax.vmap(self.embed)(ids) + self.position
@@ -142,7 +142,7 @@ def test_layers_with_shared_weights_are_scored_at_the_coordinates_that_matter(se
     a, b, c = jr.split(jr.key(seed), 3)
     ids, y = jr.randint(b, (80, 5), 0, 9), jr.randint(c, (80,), 0, C)
     risk = ix.EmpiricalRisk((ids[:60], y[:60]), ix.SoftmaxCrossEntropy(), l2=1e-2)
-    model, queries = Tokens(a), (ids[60:], y[60:])
+    model, queries = Tokens(a, width=32), (ids[60:], y[60:])
     exact = ix.influence(risk, model, ix.EKFAC(damping=1e-2))
     near = ix.influence(risk, model, ix.EKFAC(damping=1e-2, tolerance=tolerance))
     blocks = near.response.factored.blocks

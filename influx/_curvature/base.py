@@ -42,6 +42,11 @@ class AbstractFactored(eqx.Module):
         return None
 
     @property
+    def exact(self) -> "AbstractFactored":
+        """The same without what only a tolerance of its scores needs."""
+        return self
+
+    @property
     def dampings(self) -> Float[Array, " P"] | None:
         """λ of every parameter, where it is not one number that the curvature was given."""
         return None

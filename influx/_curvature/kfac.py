@@ -26,6 +26,8 @@ from .truncated import truncated
 
 # More examples at a time than this are no faster: their rows no longer fit a processor's cache.
 _CHUNK = 512
+# To pick coordinates of smaller blocks would save nothing.
+_SMALLEST = 1024
 
 
 class AbstractKroneckerFactored(AbstractCurvature):
@@ -224,7 +226,9 @@ def _near(block: EigenBlock, penalties, once: bool, tolerance: float) -> EigenBl
     """The block with its inverse as few terms, where gradients are outer products and terms are few, or
     else at few coordinates."""
     terms = low_rank(block, tolerance) if once else block
-    return truncated(block, penalties, tolerance) if terms.terms is None else terms
+    if terms.terms is not None or block.layer.size < _SMALLEST:
+        return terms
+    return truncated(block, penalties, tolerance)
 
 
 def applied_once(risk: EmpiricalRisk, model: Model) -> list[bool]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -45,6 +46,11 @@ class EigenBlock(eqx.Module):
             flat = self.inverse.reshape(-1)
             return jnp.zeros_like(flat).at[self.kept].set(flat[self.kept]).reshape(self.layer.shape)
         return self.inverse
+
+    @property
+    def exact(self) -> "EigenBlock":
+        """The block without its tolerance."""
+        return replace(self, terms=None, kept=None)
 
     @property
     def missed(self) -> Float[Array, "S l r"]:
@@ -110,6 +116,10 @@ class Kronecker(AbstractFactored):
     @property
     def layered(self):
         return self
+
+    @property
+    def exact(self):
+        return replace(self, blocks=tuple(block.exact for block in self.blocks))
 
     @property
     def dampings(self):

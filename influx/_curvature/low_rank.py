@@ -7,6 +7,8 @@ from jaxtyping import Float
 
 from .kronecker import EigenBlock
 
+_STEP = 4
+
 
 def low_rank(block: EigenBlock, tolerance: float) -> EigenBlock:
     r"""The block with the fewest `terms` p, q such that Σ_ρ p ⊗ q is near enough to the inverse
@@ -16,15 +18,18 @@ def low_rank(block: EigenBlock, tolerance: float) -> EigenBlock:
     uncorrelated its mean square is Σ_kl s_k² t_l² R_kl², s and t the mean squares of ĝ and â: the
     eigenvalues of the two factors. So the truncated SVD of diag(s) R diag(t) leaves out the least
     possible part of the scores, and the share of its tail is their relative root mean square error,
-    which is kept below `tolerance`.
+    which is kept below `tolerance`. Their number is rounded up to a multiple of 4 where that still
+    saves, so that a refit seldom means another program.
     """
     _, l, r = block.layer.shape
     s, t = (_away_from_zero(np.asarray(x, np.float64)) for x in block.scales)
     weighted = s[:, :, None] * np.asarray(block.inverse, np.float64) * t[:, None, :]
     left, sigma, right = np.linalg.svd(weighted, full_matrices=False)
-    rank = _rank(sigma, tolerance)
-    if rank * (l + r) >= l * r:  # the layer's gradients as they are cost no more
+    least = _rank(sigma, tolerance)
+    saving = [k for k in (-(-least // _STEP) * _STEP, least) if k * (l + r) < l * r]
+    if not saving:  # the layer's gradients as they are cost no more
         return block
+    rank = saving[0]
     p = (left[..., :rank] * sigma[:, None, :rank]).swapaxes(1, 2) / s[:, None, :]
     q = right[:, :rank] / t[:, None, :]
     dtype = block.values.dtype

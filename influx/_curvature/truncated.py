@@ -7,8 +7,6 @@ from jaxtyping import Array, Float
 
 from .kronecker import EigenBlock
 
-_STEPS = 16
-
 
 def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: float) -> EigenBlock:
     r"""The block with the fewest coordinates `kept` of its eigenbasis that scores need.
@@ -17,8 +15,8 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
     uncorrelated its mean square is Σ_c Λ_c² R_c², Λ = values − penalties the mean squares of ĝ_c.
     Where damping or penalty outweighs Λ_c a coordinate hardly counts. Those that count least are left
     out: their share is the squared relative root mean square error of scores, kept below `tolerance`².
-    A gradient need not be an outer product: W may be shared between places. Their number is rounded up
-    to a multiple of 1/16 of all, so that a refit seldom means another program.
+    A gradient need not be an outer product: W may be shared between places. A half, a quarter, an eighth
+    … of all are kept, so that a refit seldom means another program.
     """
     curved = np.maximum(np.asarray(block.values - penalties, np.float64), 0)
     weights = np.square(curved * np.asarray(block.inverse, np.float64)).ravel()
@@ -26,9 +24,8 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
     # left[c] is what c coordinates leave out.
     left = np.append(np.cumsum(weights[order][::-1])[::-1], 0.0)
     count = max(1, int(np.argmax(left <= tolerance**2 * left[0])))
-    step = -(-weights.size // _STEPS)
-    count = -(-count // step) * step
-    if 2 * count > weights.size:  # to pick them would cost more than they save
+    halvings = int(np.log2(weights.size / count))
+    if halvings == 0:  # to pick them would cost more than they save
         return block
-    kept = jnp.asarray(np.sort(order[:count]), jnp.int32)
+    kept = jnp.asarray(np.sort(order[: -(-weights.size // 2**halvings)]), jnp.int32)
     return eqx.tree_at(lambda b: b.kept, block, kept, is_leaf=lambda x: x is None)
