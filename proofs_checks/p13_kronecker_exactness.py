@@ -14,7 +14,7 @@ STATEMENT
         of all matrices with eigenvectors Q: ‖F − EK-FAC‖ ≤ ‖F − K-FAC‖; its trace is F's.
     (e) The terms p, q that stand for R = 1/(Λ + l2 + λ) leave out at most the share `tolerance`:
             ‖diag(s)(R − Σ_ρ p⊗q)diag(t)‖ ≤ tolerance · ‖diag(s) R diag(t)‖  in Frobenius norm,
-        s and t the factors' eigenvalues, and no fewer terms do (no fewer by four, of a multiple of four).
+        s and t the factors' eigenvalues, and no fewer do (of a multiple of four: none by four).
     (f) The coordinates c of the eigenbasis that are kept leave out at most the share `tolerance`:
             Σ_{c left out} (Λ_c R_c)² ≤ tolerance² Σ_c (Λ_c R_c)²,
         and less than half of them do not (a half, a quarter, an eighth … of all are kept, or all). If
