@@ -1,7 +1,6 @@
 """Enclosures of what retraining would give, without retraining (theory: P11)."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, Literal
 
 import equinox as eqx
@@ -17,7 +16,7 @@ from ._jacobian import AbstractJacobian, output_jacobian
 from ._loss import LossConstants
 from ._measurement import Margin
 from ._memorization import memorization_label
-from ._misc import einsum, map_blocks, ravel, require_concrete, take
+from ._misc import check_whole, einsum, map_blocks, ravel, require_concrete, take
 from ._response import implicit_response
 from ._scale import Unscaled
 from ._validate import require_labels
@@ -123,8 +122,7 @@ def certify(
 def _check(f: Influence, tier: int, refine: int, renormalise: bool) -> None:
     if tier not in (1, 2):
         raise ValueError(f"`tier` must be 1 or 2, got {tier!r}.")
-    if not isinstance(refine, Integral) or refine < 0:
-        raise ValueError(f"`refine` counts chord steps, 0 or more; got {refine!r}.")
+    check_whole("refine", refine, least=0, hint=" It counts chord steps.")
     if tier == 2 and refine > 0:
         raise ValueError(
             f"Each of `refine`'s chord steps evaluates a gradient, which tier 2 never does; got "

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._effect import change_along
 from ._gradients import risk_gradient
 from ._influence import Influence
-from ._misc import chunked_map, ravel
+from ._misc import check_whole, chunked_map, ravel
 from ._scale import Unscaled
 
 
@@ -97,15 +97,8 @@ def _check(f: Influence, size, extreme, candidates) -> None:
             "Relative influences of points have different units, and a group has none of its own: use "
             "an `f` without `relative`."
         )
-    whole = lambda x: hasattr(x, "__index__") and not isinstance(x, bool)
-    if not whole(size) or not 1 <= size <= n:
-        raise ValueError(
-            f"`size` must be a whole number in 1…{n} (the training points), got {size!r}."
-        )
-    if not whole(candidates) or candidates < 1:
-        raise ValueError(
-            f"`candidates` must be a whole number, at least 1, got {candidates!r}. {n} try all points."
-        )
+    check_whole("size", size, most=n, hint=f" There are {n} training points.")
+    check_whole("candidates", candidates, hint=f" {n} try all points.")
     if extreme not in ("highest", "lowest"):
         raise ValueError(
             f'`extreme` must be "highest" or "lowest", the end of the scores to go to; got {extreme!r}.'

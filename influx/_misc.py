@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -54,11 +55,20 @@ def take(tree: PyTree, indices) -> PyTree:
     return jtu.tree_map(lambda x: x[indices], tree)
 
 
+def check_whole(
+    name: str, value: Any, *, least: int = 1, most: int | None = None, hint: str = ""
+) -> int:
+    """A count: a whole number, of Python or NumPy, within bounds."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):
+        bounds = f"at least {least}" if most is None else f"in {least}…{most}"
+        raise ValueError(f"`{name}` must be a whole number, {bounds}, got {value!r}.{hint}")
+    return int(value)
+
+
 def check_chunk(chunk_size: int | None) -> None:
-    if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
-        raise ValueError(
-            f"`chunk_size` must be a whole number, at least 1, got {chunk_size!r}. None chooses one."
-        )
+    if chunk_size is not None:
+        check_whole("chunk_size", chunk_size, hint=" None chooses one.")
 
 
 @dataclass(frozen=True)
@@ -81,12 +91,9 @@ class Limits:
 
 
 def check_memory(memory: int | None) -> None:
-    whole = isinstance(memory, Integral) and not isinstance(memory, bool)
-    if memory is not None and (not whole or memory < 1):
-        raise ValueError(
-            f"`memory` is a whole number of bytes, at least 1, got {memory!r}. For one gigabyte write "
-            "memory=10**9; None is 256 MiB."
-        )
+    if memory is not None:
+        hint = " It counts bytes: for one gigabyte write memory=10**9. None is 256 MiB."
+        check_whole("memory", memory, hint=hint)
 
 
 def chunk_length(row_items: int, dtype, chunk_size: int | None = None) -> int:

@@ -1,7 +1,6 @@
 """How far a restricted influence can be from the full one, without a solve in the full space (P9)."""
 
 from collections.abc import Callable
-from numbers import Integral
 
 import equinox as eqx
 import jax
@@ -15,7 +14,7 @@ from ._custom_types import Model, Scores, Where
 from ._effect import Derivative
 from ._gradients import example_gradient
 from ._influence import Influence
-from ._misc import chunk_length, chunked_map, dot, ravel, require_concrete
+from ._misc import check_whole, chunk_length, chunked_map, dot, ravel, require_concrete
 from ._response import Implicit, implicit_response
 from ._restriction import restrict, selected
 from ._risk import EmpiricalRisk
@@ -71,8 +70,7 @@ def restriction_bound(
     **Source:** P9 of this project; the quadrature is Golub & Meurant, "Matrices, Moments and
     Quadrature with Applications" (2010).
     """
-    if not isinstance(steps, Integral) or steps < 1:
-        raise ValueError(f"`steps` must be a whole number, at least 1, got {steps!r}.")
+    steps = check_whole("steps", steps)
     plain = isinstance(f.scale, Unscaled) and isinstance(f.effect, Derivative) and f.masks is None
     if not plain:
         raise ValueError(

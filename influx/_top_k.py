@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ._engine import MOST_POINTS
 from ._influence import Influence, prepared_queries, scheduled
-from ._misc import Limits, check_chunk, leading_length, map_blocks, take
+from ._misc import Limits, check_chunk, check_whole, leading_length, map_blocks, take
 
 
 class Extremes(eqx.Module):
@@ -45,12 +45,7 @@ def top_k(f: Influence, queries: PyTree[Array], k: int, *, chunk_size: int | Non
             "`top_k` ranks training points: use an `f` without `groups`, or `jnp.argsort(f(queries))` "
             "to rank the groups."
         )
-    whole = hasattr(k, "__index__") and not isinstance(k, bool)
-    if not whole or not 1 <= k <= f.risk.n:
-        raise ValueError(
-            f"`k` must be a whole number in 1…{f.risk.n} (the training points), got {k!r}. "
-            f"k={f.risk.n} sorts all of them."
-        )
+    k = check_whole("k", k, most=f.risk.n, hint=f" k={f.risk.n} sorts all training points.")
     check_chunk(chunk_size)
     f.measurement.check(f.risk, f.model, queries)
     return _top_k(f, queries, k, chunk_size)

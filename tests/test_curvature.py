@@ -122,7 +122,7 @@ def test_unknown_fishers_are_refused():
         ix.Fisher("true")
     with pytest.raises(ValueError, match=r"give it `key="):
         ix.Fisher("sampled")
-    with pytest.raises(ValueError, match="`draws` must be at least 1"):
+    with pytest.raises(ValueError, match="`draws` must be a whole number, at least 1"):
         ix.Fisher("sampled", key=jr.key(0), draws=0)
     quartic = ix.CustomLoss(lambda o, y: jnp.sum((o - y) ** 4))
     risk = ix.EmpiricalRisk((jnp.ones((3, 4)), jnp.zeros((3, 3))), quartic)

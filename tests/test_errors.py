@@ -426,7 +426,7 @@ SETTINGS = {
     "Fisher draws": (
         lambda: ix.Fisher("sampled", key=jr.key(0), draws=1.5),
         "`draws`.*got 1.5",
-        "at least 1, a whole number",
+        "`draws` must be a whole number",
     ),
     "rtol": (
         lambda: ix.influence(risk(), linear_model(), ix.CG(ix.Hessian(), rtol=np.nan)),
@@ -489,7 +489,7 @@ SETTINGS = {
     ),
     "reference empty": (lambda: ix.Reference([]), r"got \[\]", r"Reference\(\[3, 7\]\)"),
     "tolerance": (lambda: ix.Newton(tolerance=0.0), "`tolerance`.*got 0.0", "must be positive"),
-    "steps": (lambda: ix.LBFGS(max_steps=0), "got 0", "whole numbers ≥ 1"),
+    "steps": (lambda: ix.LBFGS(max_steps=0), "got 0", "whole number, at least 1"),
     "batch size": (
         lambda: ix.fit(
             risk(), linear_model(), ix.SGD(optax.sgd(0.1), batch_size=13, epochs=1, key=jr.key(0))

@@ -215,7 +215,7 @@ def test_a_cost_is_that_of_the_program():
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "1GB"])
 def test_a_memory_limit_is_a_number_of_bytes(bad):
     risk, model, _ = wide_problem()
-    with pytest.raises(ValueError, match=r"`memory` is a whole number of bytes.*memory=10\*\*9"):
+    with pytest.raises(ValueError, match=r"`memory` must be a whole number.*memory=10\*\*9"):
         ix.influence(risk, model, ix.Identity(), memory=bad)
 
 

@@ -307,7 +307,7 @@ def test_prune_refuses(change, words):
         ({"budget": 0.1}, "Raise `budget`"),
         ({"head": lambda m: m.layers[0]}, "last linear layer"),
         ({"head": lambda m: m.nothing}, "select a part"),
-        ({"warmup": 0}, "whole numbers"),
+        ({"warmup": 0}, "whole number"),
         ({"sgd": ix.Newton()}, "use `prune`"),
     ],
 )

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._misc import dot, ravel
+from .._misc import check_whole, dot, ravel
 from .base import AbstractCurvature, check_wrapped
 from .subspace import (
-    check_count,
     check_fits,
     check_key,
     data_product,
@@ -80,8 +79,8 @@ class Arnoldi(AbstractCurvature):
         complement: bool = True,
     ):
         self.curvature = check_wrapped(curvature)
-        self.rank, self.key = check_count("rank", rank), check_key("Arnoldi", key)
-        self.steps = None if steps is None else check_count("steps", steps)
+        self.rank, self.key = check_whole("rank", rank), check_key("Arnoldi", key)
+        self.steps = None if steps is None else check_whole("steps", steps)
         if steps is not None and steps < rank:
             raise ValueError(
                 f"`steps` must be at least the rank, {rank}, got {steps}. About twice as many find the "

@@ -1,4 +1,3 @@
-from numbers import Integral
 from typing import Literal
 
 import equinox as eqx
@@ -10,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 from .._custom_types import Scalar, ScalarLike
 from .._gradients import example_gradient
 from .._loss import AbstractLoss
-from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, ravel
+from .._misc import check_damping, check_whole, chunk_length, chunked_sum, dot, einsum, ravel
 from .base import AbstractMatrixCurvature, least_penalty
 from .ggn import _gauss_newton_matvec, gauss_newton_matrix
 
@@ -54,10 +53,8 @@ class Fisher(AbstractMatrixCurvature):
             raise ValueError('Fisher("sampled") draws labels: give it `key=jax.random.key(0)`.')
         if key is not None and not hasattr(key, "dtype"):
             raise ValueError(f"`key` must be a random key such as jax.random.key(0), got {key!r}.")
-        if not isinstance(draws, Integral) or draws < 1:
-            raise ValueError(f"`draws` must be at least 1, a whole number; got {draws!r}.")
         self.kind, self.damping = kind, check_damping(damping)
-        self.key, self.draws = key, draws
+        self.key, self.draws = key, check_whole("draws", draws)
 
     def matvec(self, risk, model):
         if self.kind == "exact":

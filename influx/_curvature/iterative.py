@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._custom_types import Model
-from .._misc import ravel
+from .._misc import check_whole, ravel
 from .._risk import EmpiricalRisk
 from .._solver.bounds import lanczos
 from .._solver.minres import MINRES as MinresSolver
@@ -30,11 +30,9 @@ def _checked_rtol(rtol: Any) -> float | None:
 
 
 def _checked_steps(max_steps: Any) -> int | None:
-    if max_steps is not None and not (isinstance(max_steps, int) and max_steps >= 1):
-        raise ValueError(
-            f"`max_steps` must be a whole number, at least 1, got {max_steps!r}. None chooses one."
-        )
-    return max_steps
+    if max_steps is None:
+        return None
+    return check_whole("max_steps", max_steps, hint=" None chooses one.")
 
 
 class AbstractIterative(AbstractCurvature):

@@ -2,10 +2,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from .._misc import dot, is_concrete
+from .._misc import check_whole, dot, is_concrete
 from .base import AbstractCurvature, check_wrapped, least_penalty
 from .subspace import (
-    check_count,
     check_finite,
     check_fits,
     check_key,
@@ -53,7 +52,7 @@ class Nystrom(AbstractCurvature):
 
     def __init__(self, curvature: AbstractCurvature, rank: int, *, key: PRNGKeyArray | None = None):
         self.curvature = check_wrapped(curvature)
-        self.rank, self.key = check_count("rank", rank), check_key("Nystrom", key)
+        self.rank, self.key = check_whole("rank", rank), check_key("Nystrom", key)
 
     @property
     def damping(self):

@@ -1,7 +1,6 @@
 """What the curvatures have in common that look at few directions only."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import equinox as eqx
@@ -180,12 +179,6 @@ def random_subspace(key: PRNGKeyArray, count: int, model: Model) -> Float[Array,
     row = lambda i: jr.normal(jr.fold_in(key, i), theta.shape, theta.dtype)
     columns, _ = jnp.linalg.qr(jax.vmap(row)(jnp.arange(count)).T)
     return columns.T
-
-
-def check_count(name: str, count: Any) -> int:
-    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"`{name}` must be a whole number, at least 1, got {count!r}.")
-    return int(count)
 
 
 def check_fits(name: str, count: int, model: Model) -> None:

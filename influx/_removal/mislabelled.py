@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from .._custom_types import Model
 from .._jacobian import is_affine
 from .._measurement import Margin
-from .._misc import require_concrete
+from .._misc import check_whole, require_concrete
 from .._risk import EmpiricalRisk
 from .._validate import class_logits_shape, require_labels, validate
 from .evidence import by_features, by_model
@@ -40,8 +40,7 @@ class Mislabelled(eqx.Module):
 
     def table(self, k: int = 10) -> str:
         """The k most suspect labels, most suspect first."""
-        if k != int(k) or k < 1:
-            raise ValueError(f"`k` counts rows and must be a whole number ≥ 1, got {k!r}.")
+        check_whole("k", k)
         rows = [f"{'index':>8} {'given':>6} {'suggested':>10} {'score':>9}  reason"]
         for i in np.argsort(-np.asarray(self.score), kind="stable")[:k]:
             labels = f"{int(self.given[i]):>6} {int(self.suggested[i]):>10}"

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._curvature import AbstractCurvature, Hessian, check_curvature
 from .._custom_types import Model
 from .._influence import Influence, influence
-from .._misc import leading_length, ravel, require_concrete
+from .._misc import check_whole, leading_length, ravel, require_concrete
 from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer, check_trainer
 from .._train.fit import fitted
@@ -169,8 +169,7 @@ def prune(
     budget = check_share(budget, "budget", "the largest share of the points to remove")
     step = check_share(step, "step", "the share of the points that the first step removes")
     trust = check_share(trust, "trust", "the least ratio of actual to predicted change")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"`rounds` is a number of steps ≥ 1, got {rounds!r}.")
+    rounds = check_whole("rounds", rounds)
     require_concrete("prune", risk, model)
     validate(risk, model)
     choosing, deciding = halves(risk, model, heldout)

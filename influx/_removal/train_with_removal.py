@@ -12,11 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._custom_types import Model, Where
 from .._jacobian import head_features, output_jacobian
-from .._misc import leading_length, require_concrete, take
+from .._misc import check_whole, leading_length, require_concrete, take
 from .._restriction import restrict
 from .._risk import EmpiricalRisk
 from .._train import SGD
-from .._train.base import check_count
 from .._validate import class_logits_shape, require_labels, validate
 from .heldout import change, check_share, halves
 from .removed import Removed, removed_table
@@ -162,7 +161,7 @@ def train_with_removal(
             f"`train_with_removal` takes steps of `influx.SGD(...)`, got {trainer!r}. With Newton() or "
             "LBFGS() use `prune`."
         )
-    warmup, every = check_count(warmup), check_count(every)
+    warmup, every = check_whole("warmup", warmup), check_whole("every", every)
     require_concrete("train_with_removal", risk, model0)
     validate(risk, model0)
     choosing, deciding = halves(risk, model0, heldout)

@@ -1,6 +1,8 @@
 """What a trainer is: a pure function from data weights to a trained model."""
 
 import abc
+import functools
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, Protocol
 
@@ -12,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import Model
-from .._misc import ravel
+from .._misc import check_whole, ravel
 
 
 class Objective(Protocol):
@@ -95,10 +97,9 @@ def check_tolerance(tolerance: float) -> float:
     return tolerance
 
 
-def check_count(count: int) -> int:
-    if count != int(count) or count < 1:
-        raise ValueError(f"Steps, epochs and batch sizes are whole numbers ≥ 1, got {count}.")
-    return int(count)
+def count(name: str) -> Callable[[Any], int]:
+    """The converter of a field that counts."""
+    return functools.partial(check_whole, name)
 
 
 def minimising_remedies(tolerance: float, max_steps: int) -> str:

@@ -12,8 +12,8 @@ from .._misc import ravel
 from .base import (
     AbstractTrainer,
     Trained,
-    check_count,
     check_tolerance,
+    count,
     flat,
     gradient_items,
     minimising_remedies,
@@ -38,8 +38,8 @@ class LBFGS(AbstractTrainer):
     """
 
     tolerance: float = eqx.field(default=1e-10, converter=check_tolerance)
-    max_steps: int = eqx.field(default=5000, converter=check_count, static=True)
-    history: int = eqx.field(default=20, converter=check_count, static=True, kw_only=True)
+    max_steps: int = eqx.field(default=5000, converter=count("max_steps"), static=True)
+    history: int = eqx.field(default=20, converter=count("history"), static=True, kw_only=True)
 
     def init(self, objective, model, weights):
         return None

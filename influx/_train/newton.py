@@ -12,8 +12,8 @@ from .._misc import chunk_length, chunked_map, dot, ravel
 from .base import (
     AbstractTrainer,
     Trained,
-    check_count,
     check_tolerance,
+    count,
     flat,
     gradient_items,
     minimising_remedies,
@@ -59,7 +59,7 @@ class Newton(AbstractTrainer):
     """
 
     tolerance: float = eqx.field(default=1e-10, converter=check_tolerance)
-    max_steps: int = eqx.field(default=200, converter=check_count, static=True)
+    max_steps: int = eqx.field(default=200, converter=count("max_steps"), static=True)
     solver: lx.AbstractLinearSolver | None = None
 
     def init(self, objective, model, weights):

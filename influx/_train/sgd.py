@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._misc import ravel, take
-from .base import AbstractTrainer, Trained, check_count, flat, gradient_items, norm
+from .base import AbstractTrainer, Trained, count, flat, gradient_items, norm
 
 
 class SGD(AbstractTrainer):
@@ -40,8 +40,8 @@ class SGD(AbstractTrainer):
     """
 
     optimiser: optax.GradientTransformation
-    batch_size: int = eqx.field(converter=check_count, static=True, kw_only=True)
-    epochs: int = eqx.field(converter=check_count, static=True, kw_only=True)
+    batch_size: int = eqx.field(converter=count("batch_size"), static=True, kw_only=True)
+    epochs: int = eqx.field(converter=count("epochs"), static=True, kw_only=True)
     key: PRNGKeyArray = eqx.field(kw_only=True)
 
     def init(self, objective, model, weights):

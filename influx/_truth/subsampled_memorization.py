@@ -1,7 +1,6 @@
 """Memorization and influence as Feldman and Zhang estimate them: by training on random subsets."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, Literal
 
 import equinox as eqx
@@ -15,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from .._custom_types import Example, Model
 from .._loss import AbstractLoss
-from .._misc import einsum, require_concrete, take
+from .._misc import check_whole, einsum, require_concrete, take
 from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer
 from .._validate import check_queries, class_logits_shape, require_labels, validate
@@ -205,8 +204,7 @@ def _chosen(n: int, masks, key, share, trials):
             "`masks`."
         )
     share, trials = SHARE if share is None else share, TRIALS if trials is None else trials
-    if not isinstance(trials, Integral) or trials < 4:
-        raise ValueError(f"`trials` counts subsets, at least 4, got {trials!r}.")
+    check_whole("trials", trials, least=4, hint=" It counts subsets.")
     size = round(float(share) * n) if isinstance(share, float) and 0 < share < 1 else 0
     if not 0 < size < n:
         raise ValueError(
