@@ -15,9 +15,9 @@ import jax.random as jr
 
 import influx as ix
 from benchmarks._tasks import TASKS
+from influx._chunks import chunked_map, take
 from influx._engine import ForwardMode, choose
 from influx._influence import _scores, scheduled
-from influx._misc import chunked_map, take
 
 QUERIES = 1000
 

@@ -10,13 +10,15 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._checks import check_whole, require_concrete
+from ._chunks import map_blocks, take
 from ._gradients import risk_gradient
 from ._influence import Influence
 from ._jacobian import AbstractJacobian, output_jacobian
+from ._linalg import einsum, ravel
 from ._loss import LossConstants
 from ._measurement import Margin
 from ._memorization import memorization_label
-from ._misc import check_whole, einsum, map_blocks, ravel, require_concrete, take
 from ._response import implicit_response
 from ._scale import Unscaled
 from ._validate import require_labels

@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ._misc import is_concrete
+from ._checks import is_concrete
 
 
 def checked_data(data, what: str = "data"):

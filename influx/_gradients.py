@@ -3,8 +3,9 @@
 import jax
 from jaxtyping import Array, Float
 
+from ._chunks import Limits, chunked_map
 from ._custom_types import Example, Model
-from ._misc import Limits, chunked_map, ravel
+from ._linalg import ravel
 from ._risk import EmpiricalRisk
 
 

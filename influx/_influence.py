@@ -6,21 +6,14 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ._checks import check_chunk, check_memory
+from ._chunks import Limits, chunked_map, leading_length, map_blocks, take
 from ._curvature import AbstractCurvature, Hessian, check_curvature
 from ._custom_types import Model, Scores
 from ._effect import AbstractEffect, Derivative, SecondOrder
 from ._engine import Schedule
+from ._linalg import dot
 from ._measurement import AbstractMeasurement, Loss
-from ._misc import (
-    Limits,
-    check_chunk,
-    check_memory,
-    chunked_map,
-    dot,
-    leading_length,
-    map_blocks,
-    take,
-)
 from ._response import AbstractResponse, Implicit, TrainingRun, Unrolled
 from ._risk import EmpiricalRisk
 from ._scale import AbstractScale, Unscaled

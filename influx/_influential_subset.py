@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
+from ._checks import check_whole
+from ._chunks import chunked_map
 from ._effect import change_along
 from ._gradients import risk_gradient
 from ._influence import Influence
-from ._misc import check_whole, chunked_map, ravel
+from ._linalg import ravel
 from ._scale import Unscaled
 
 

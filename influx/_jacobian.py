@@ -11,19 +11,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from ._checks import is_concrete
+from ._chunks import chunk_length, chunked_map, chunked_sum, leading_length, map_blocks, take
 from ._custom_types import Model
-from ._misc import (
-    chunk_length,
-    chunked_map,
-    chunked_sum,
-    dot,
-    einsum,
-    is_concrete,
-    leading_length,
-    map_blocks,
-    ravel,
-    take,
-)
+from ._linalg import dot, einsum, ravel
 from ._risk import EmpiricalRisk
 
 

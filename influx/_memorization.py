@@ -8,9 +8,10 @@ import jax.nn as jnn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ._chunks import chunk_length, map_blocks, take
 from ._influence import Influence
+from ._linalg import ravel
 from ._measurement import Margin
-from ._misc import chunk_length, map_blocks, ravel, take
 from ._validate import class_logits_shape, require_labels
 
 LABELS = ("generalized upon", "memorized", "not fitted")

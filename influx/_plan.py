@@ -3,8 +3,8 @@
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
+from ._chunks import leading_length, take
 from ._influence import Influence, scheduled
-from ._misc import leading_length, take
 
 
 class Step(eqx.Module):

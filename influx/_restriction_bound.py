@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PyTree
 
+from ._checks import check_whole, require_concrete
+from ._chunks import chunk_length, chunked_map
 from ._curvature import EKFAC, KFAC, AbstractCurvature, AbstractFactored, Mixture
 from ._curvature.base import factor_matrix, hvp_matrix
 from ._custom_types import Model, Scores, Where
 from ._effect import Derivative
 from ._gradients import example_gradient
 from ._influence import Influence
-from ._misc import check_whole, chunk_length, chunked_map, dot, ravel, require_concrete
+from ._linalg import dot, ravel
 from ._response import Implicit, implicit_response
 from ._restriction import restrict, selected
 from ._risk import EmpiricalRisk

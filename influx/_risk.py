@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, PyTree
 
 from ._custom_types import Example, Model, Scalar
 from ._data import checked_data, checked_l2, checked_weights
+from ._linalg import ravel
 from ._loss import AbstractLoss
-from ._misc import ravel
 
 
 def call(model: Model, x: PyTree[Array]) -> PyTree[Array]:

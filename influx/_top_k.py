@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from ._checks import check_chunk, check_whole
+from ._chunks import Limits, leading_length, map_blocks, take
 from ._engine import MOST_POINTS
 from ._influence import Influence, prepared_queries, scheduled
-from ._misc import Limits, check_chunk, check_whole, leading_length, map_blocks, take
 
 
 class Extremes(eqx.Module):

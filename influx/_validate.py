@@ -9,9 +9,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ._checks import is_concrete
+from ._chunks import take
 from ._custom_types import Model
 from ._data import checked_data
-from ._misc import is_concrete, ravel, take
+from ._linalg import ravel
 from ._risk import EmpiricalRisk, l2_tree
 
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from ._chunks import chunked_sum, leading_length, take
 from ._effect import Derivative
 from ._influence import Influence, prepared_queries, scheduled
 from ._measurement import Loss
-from ._misc import chunked_sum, leading_length, take
 from ._scale import Unscaled
 from ._validate import check_queries
 

@@ -7,12 +7,12 @@ from ._curvature import AbstractCurvature as AbstractCurvature
 from ._curvature import AbstractFactored as AbstractFactored
 from ._curvature import AbstractMatrixCurvature as AbstractMatrixCurvature
 from ._curvature import Factored as Factored
+from ._linalg import ravel as ravel
 from ._loss import AbstractLoss as AbstractLoss
 from ._loss import LossConstants as LossConstants
 from ._loss import eigen_root as eigen_root
 from ._measurement import AbstractMeasurement as AbstractMeasurement
 from ._measurement import AbstractOutputMeasurement as AbstractOutputMeasurement
 from ._measurement import MeasurementConstants as MeasurementConstants
-from ._misc import ravel as ravel
 from ._train import AbstractTrainer as AbstractTrainer
 from ._train import Trained as Trained

@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from ._checks import require_concrete
+from ._chunks import take
 from ._curvature import AbstractCurvature, Hessian
 from ._custom_types import Model
 from ._gradients import example_gradient, risk_gradient
 from ._influence import Influence, influence
+from ._linalg import ravel, ravel_gradient
 from ._loss import AbstractLoss
-from ._misc import ravel, ravel_gradient, require_concrete, take
 from ._risk import EmpiricalRisk
 from ._train.base import AbstractTrainer
 from ._train.newton import Newton

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import influx as ix
-from influx._misc import ravel
+from influx._linalg import ravel
 from proofs_checks import _oracle as oracle
 from tests.helpers import CURVATURES, LAMBDA, linear_model, problem
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from influx._jacobian import HeadJacobian, OutputJacobian, is_affine, output_jacobian
-from influx._misc import ravel
+from influx._linalg import ravel
 from tests.helpers import problem
 
 

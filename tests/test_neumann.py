@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import influx as ix
-from influx._misc import ravel
+from influx._linalg import ravel
 from influx._solver.neumann import Neumann
 from tests.helpers import LAMBDA, linear_model, problem
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import influx as ix
 from influx import _influence as influence
+from influx._chunks import even_length
 from influx._engine import cost_of, gradients, layered
 from influx._influence import _scores
-from influx._misc import even_length
 from tests import helpers
 
 

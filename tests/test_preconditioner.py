@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import influx as ix
 from influx._curvature.cg import factor_preconditioner
 from influx._diagnose.curvature import known_lower_end
-from influx._misc import ravel
+from influx._linalg import ravel
 from influx.extend import AbstractCurvature, Factored
 from proofs_checks import _oracle as oracle
 from tests.helpers import LAMBDA, problem

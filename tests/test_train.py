@@ -14,8 +14,8 @@ import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
+from influx._linalg import ravel
 from influx._loss import SoftmaxCrossEntropy, SquaredError
-from influx._misc import ravel
 from influx._risk import EmpiricalRisk
 from influx._train import LBFGS, SGD, Newton, fit
 from influx._train.newton import Chord

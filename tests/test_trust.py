@@ -10,7 +10,7 @@ import pytest
 import influx as ix
 from influx._certify import _rounding
 from influx._gradients import risk_gradient
-from influx._misc import ravel
+from influx._linalg import ravel
 from influx.testing import BrokenLaw
 from tests.helpers import linear_model, problem
 

@@ -17,8 +17,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from influx._linalg import ravel
 from influx._loss import SoftmaxCrossEntropy, SquaredError
-from influx._misc import ravel
 from influx._restriction import restrict
 from influx._risk import EmpiricalRisk
 from influx._train import LBFGS, SGD, Newton, fit

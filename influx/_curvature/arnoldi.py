@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._misc import check_whole, dot, ravel
+from .._checks import check_whole
+from .._linalg import dot, ravel
 from .base import AbstractCurvature, check_wrapped
 from .subspace import (
     check_fits,

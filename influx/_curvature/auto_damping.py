@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._misc import is_concrete
+from .._checks import is_concrete
 from .kronecker import EigenBlock
 
 _HALVINGS = 100

@@ -10,9 +10,11 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._checks import is_concrete
+from .._chunks import chunk_length
 from .._custom_types import Model, Scalar, ScalarLike
 from .._jacobian import AbstractJacobian
-from .._misc import chunk_length, is_concrete, ravel
+from .._linalg import ravel
 from .._risk import EmpiricalRisk
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from .._custom_types import Model
-from .._misc import ravel
+from .._linalg import ravel
 from .._restriction import restrict, selected
 from .base import AbstractCurvature, AbstractFactored, check_curvature
 from .hessian import Hessian

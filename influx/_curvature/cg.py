@@ -4,8 +4,8 @@ import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 
+from .._checks import is_concrete
 from .._custom_types import Model, Scalar
-from .._misc import is_concrete
 from .._risk import EmpiricalRisk
 from .base import AbstractCurvature, AbstractFactored
 from .iterative import AbstractIterative, Iterative, extreme_ritz_values

@@ -3,7 +3,9 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._misc import chunk_length, is_concrete, ravel
+from .._checks import is_concrete
+from .._chunks import chunk_length
+from .._linalg import ravel
 from .base import AbstractCurvature, Factored, check_wrapped
 from .ggn import GaussNewton
 

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from .._checks import check_damping, check_whole
+from .._chunks import chunk_length, chunked_sum
 from .._custom_types import Scalar, ScalarLike
 from .._gradients import example_gradient
+from .._linalg import dot, einsum, ravel
 from .._loss import AbstractLoss
-from .._misc import check_damping, check_whole, chunk_length, chunked_sum, dot, einsum, ravel
 from .base import AbstractMatrixCurvature, least_penalty
 from .ggn import _gauss_newton_matvec, gauss_newton_matrix
 

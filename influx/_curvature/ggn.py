@@ -2,10 +2,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._checks import check_damping
 from .._custom_types import Scalar
 from .._jacobian import output_jacobian, require_array_output
+from .._linalg import ravel
 from .._loss import AbstractLoss
-from .._misc import check_damping, ravel
 from .base import AbstractMatrixCurvature, least_penalty
 from .newton_step import woodbury
 

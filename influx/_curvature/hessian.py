@@ -1,9 +1,10 @@
 import equinox as eqx
 import jax
 
+from .._checks import check_damping
 from .._custom_types import Scalar
 from .._jacobian import is_affine
-from .._misc import check_damping, ravel
+from .._linalg import ravel
 from .base import AbstractMatrixCurvature, hvp_matrix, least_penalty
 from .ggn import gauss_newton_matrix
 from .newton_step import Perturbed, woodbury

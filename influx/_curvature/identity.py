@@ -2,8 +2,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
 
+from .._checks import check_damping
 from .._custom_types import Scalar
-from .._misc import check_damping, ravel
+from .._linalg import ravel
 from .base import AbstractCurvature, Factored
 
 

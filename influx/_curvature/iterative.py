@@ -11,8 +11,9 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array
 
+from .._checks import check_whole
 from .._custom_types import Model
-from .._misc import check_whole, ravel
+from .._linalg import ravel
 from .._risk import EmpiricalRisk
 from .._solver.bounds import lanczos
 from .._solver.minres import MINRES as MinresSolver

@@ -5,27 +5,25 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_damping, is_concrete
 from .._custom_types import Model, Scalar, ScalarLike
 from .._jacobian import require_array_output
-from .._misc import check_damping, chunk_length, chunked_sum, dot, einsum, is_concrete, take
 from .._risk import EmpiricalRisk
-from .._taps import Layer, Rows, Rules, Uncovered, Watched, checked_rules, ruled
+from .._taps import Rules, checked_rules, ruled
 from .auto_damping import auto_damping, least_eigenvalue
 from .base import AbstractCurvature, least_penalty
 from .fisher import Fisher
 from .ggn import GaussNewton
 from .kronecker import EigenBlock, Kronecker
+from .kronecker_diagonal import penalty_diagonals, second_moments
+from .kronecker_factors import applied_once, eigenblock, factors, watched
 from .low_rank import low_rank
 from .truncated import truncated
 
-# More examples at a time than this are no faster: their rows no longer fit a processor's cache.
-_CHUNK = 512
 # To pick coordinates of smaller blocks would save nothing.
 _SMALLEST = 1024
 
@@ -74,17 +72,17 @@ class AbstractKroneckerFactored(AbstractCurvature):
         """The blocks of H, undamped, and the part of their eigenvalues that is ∇²Ω's."""
         risk = ruled(risk, self.rules)
         require_array_output(risk, model)
-        factors = _factors(self.fisher, self.sharing, risk, model)
+        pairs = factors(self.fisher, self.sharing, risk, model)
         layers = watched(risk, model).layers
-        start = [_eigenblock(layer, *pair) for layer, pair in zip(layers, factors)]
+        start = [eigenblock(layer, *pair) for layer, pair in zip(layers, pairs)]
         values = self.eigenvalues(risk, model, start)
-        penalties = _penalties(risk, model, start)
+        penalties = penalty_diagonals(risk, model, start)
         total = [value + penalty for value, penalty in zip(values, penalties)]
         whole = [eqx.tree_at(lambda b: b.values, b, value) for b, value in zip(start, total)]
         return whole, penalties
 
     def matvec(self, risk, model):
-        return _kronecker(model, self.blocks(risk, model)[0], self.rules).matvec
+        return Kronecker.of(model, self.blocks(risk, model)[0], self.rules).matvec
 
     def factor(self, risk, model):
         blocks, penalties = self.blocks(risk, model)
@@ -98,7 +96,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
         if self.tolerance > 0:
             once = applied_once(ruled(risk, self.rules), model)
             blocks = [_near(*parts, self.tolerance) for parts in zip(blocks, penalties, once)]
-        return _kronecker(model, blocks, self.rules)
+        return Kronecker.of(model, blocks, self.rules)
 
     def lower_end(self, risk, model):
         return least_penalty(risk, model, 0.0 if self.damping is None else self.damping)
@@ -180,29 +178,7 @@ class EKFAC(AbstractKroneckerFactored):
     """
 
     def eigenvalues(self, risk, model, blocks):
-        return _second_moments(self.fisher, blocks, ruled(risk, self.rules), model)
-
-
-def watched(risk: EmpiricalRisk, model: Model) -> Watched:
-    """The model's output on one training input, its layers watched.
-
-    **Raises:** `ValueError` naming a parameter that no rule covers.
-    """
-    watch = Watched(lambda m, x: risk.output(m, x), model, take(risk.data[0], 0))
-    if watch.uncovered:
-        raise ValueError(_uncovered(watch.uncovered))
-    return watch
-
-
-def _uncovered(found: list[Uncovered]) -> str:
-    names = ", ".join(f"{u.path} {list(u.shape)} (in `{u.operation}`)" for u in found[:3])
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return (
-        f"No rule says how the model depends on {names}{more}. Three ways out: give a rule, "
-        "`EKFAC(rules={MyLayer: fn})`, with fn(layer, x) the same layer in plain matrix products; give "
-        "it a curvature of its own, `Mixture({where: Diagonal()}, EKFAC())`; or leave it out, "
-        "`influx.restrict(risk, model, where)` with the parameters to keep."
-    )
+        return second_moments(self.fisher, blocks, ruled(risk, self.rules), model)
 
 
 def _checked_damping(damping: Any) -> Scalar | None:
@@ -229,218 +205,6 @@ def _near(block: EigenBlock, penalties, once: bool, tolerance: float) -> EigenBl
     if terms.terms is not None or block.layer.size < _SMALLEST:
         return terms
     return truncated(block, penalties, tolerance)
-
-
-def applied_once(risk: EmpiricalRisk, model: Model) -> list[bool]:
-    """For each layer whether an example's gradient is one outer product."""
-    watch = watched(risk, model)
-    one = take(risk.data[0], 0)
-    rows = jax.eval_shape(lambda x: watch.rows(x, lambda o: o[None])[1], one)
-    return [row.is_rank_one for row in rows]
-
-
-def _kronecker(model: Model, blocks: list[EigenBlock], rules: Rules) -> Kronecker:
-    leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
-    return Kronecker(tuple(blocks), tuple(leaf.shape for leaf in leaves), rules)
-
-
-def _fisher_rows(fisher: GaussNewton | Fisher, read: Callable, risk: EmpiricalRisk):
-    """(example, its number) ↦ the rows of the gradients, layer by layer, by `read`: the
-    `rows` or the `parts` of what is watched."""
-
-    def rows(example, i):
-        x, y = example
-        cotangents = lambda output: fisher.cotangents(risk.loss, output, y, i)
-        return read(x, cotangents)[1]
-
-    return jax.vmap(rows)
-
-
-def _examples(risk: EmpiricalRisk):
-    return risk.data, jnp.arange(risk.n), risk.weights
-
-
-def _chunk(
-    fisher: GaussNewton | Fisher, watch: Watched, risk: EmpiricalRisk, extra=lambda layer, rows: 0
-) -> int:
-    """How many examples fit the byte budget."""
-    rows = _fisher_rows(fisher, watch.rows, risk)
-    one = jax.eval_shape(rows, take(risk.data, slice(0, 1)), jnp.arange(1))
-    items = sum(
-        3 * (row.left.size + row.right.size) + extra(layer, row)
-        for layer, row in zip(watch.layers, one)
-    )
-    return min(risk.n, _CHUNK, chunk_length(items, risk.weights.dtype))
-
-
-@eqx.filter_jit
-def _factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, model):
-    """The left and the right factor of each layer: the curvature is left ⊗ right."""
-    watch = watched(risk, model)
-    parts = _fisher_rows(fisher, watch.parts, risk)
-
-    def block(args):
-        data, i, weights = args
-        return [
-            [
-                _moments(layer, turn, _shared(rows, sharing), weights)
-                for turn, rows in zip(_TURNS, own)
-            ]
-            for layer, own in zip(watch.layers, parts(data, i))
-        ]
-
-    sums = chunked_sum(block, _examples(risk), _chunk(fisher, watch, risk))
-    total = jnp.sum(risk.weights)
-    pair = lambda turn, left, right: (left / risk.n, right / total)[::turn]
-    return [
-        _product(layer, [pair(turn, *moments) for turn, moments in zip(_TURNS, own)])
-        for layer, own in zip(watch.layers, sums)
-    ]
-
-
-# The parts of a layer's rows: places that see the matrix [S, l, r] as it is, and [S, r, l] transposed.
-_TURNS = (1, -1)
-
-
-def _product(layer: Layer, pairs):
-    """One pair (left, right) for the sum of left ⊗ right over `pairs`: the product that has the partial
-    traces of the sum,
-
-        left = Σ tr(right_τ) left_τ,   right = Σ tr(left_τ) right_τ / Σ tr(left_τ) tr(right_τ).
-    """
-    if len(pairs) == 1:
-        return pairs[0]
-    traces = [tuple(_trace(x, dense) for x, dense in zip(pair, layer.dense)) for pair in pairs]
-    total = sum(l * r for l, r in traces)
-    scaled = lambda x, c: x * c.reshape(-1, *[1] * (x.ndim - 1))
-    left = sum(scaled(left, r) for (left, _), (_, r) in zip(pairs, traces))
-    right = sum(scaled(right, l) for (_, right), (l, _) in zip(pairs, traces))
-    return left, scaled(right, 1 / jnp.where(total > 0, total, 1))
-
-
-def _trace(factor, dense: bool) -> Float[Array, " S"]:
-    return jnp.trace(factor, axis1=1, axis2=2) if dense else jnp.sum(factor, axis=1)
-
-
-def _shared(rows: Rows, sharing: str) -> Rows:
-    """Places where a matrix is shared: each by itself, or as one (K-FAC-reduce)."""
-    if sharing == "expand" or rows.indexed:
-        return rows
-    left = jnp.sum(rows.left, axis=-2, keepdims=True)
-    return Rows(left, jnp.mean(rows.right, axis=-2, keepdims=True))
-
-
-def _moments(layer: Layer, turn: int, rows: Rows, weights):
-    """Σ wᵢ Σ left leftᵀ and the mean over places of right rightᵀ, of a chunk of examples."""
-    of_left, of_right = layer.dense[::turn]
-    left = _second_moment(rows.left, weights, of_left)
-    if rows.indexed:
-        counts = _counts(rows.right, weights, layer.shape[1:][::turn][1]) / rows.right.shape[-1]
-        return left, jax.vmap(jnp.diag)(counts) if of_right else counts
-    terms = rows.right.shape[1] * rows.right.shape[3]
-    return left, _second_moment(rows.right, weights, of_right) / terms
-
-
-def _second_moment(x: Float[Array, "b k S T d"], weights, dense: bool):
-    """Σ wᵢ x xᵀ over examples, cotangents and places, [S, d, d], or its diagonal [S, d]."""
-    b, k, S, T, d = x.shape
-    rows = jnp.moveaxis(x, 2, 0).reshape(S, b * k * T, d)
-    w = jnp.broadcast_to(jnp.repeat(weights, k * T)[None, :, None], rows.shape)
-    if not dense:
-        return jnp.sum(w * jnp.square(rows), axis=1)
-    return dot((w * rows).swapaxes(1, 2), rows)
-
-
-def _counts(places, weights, width: int):
-    """How often each one-hot row is used, [S, width]."""
-    ids = jnp.moveaxis(places[:, 0], 1, 0)  # [S, b, T]
-    w = jnp.broadcast_to(weights[:, None], ids.shape[1:])
-    count = lambda i: jnp.zeros((width,), weights.dtype).at[i].add(w, mode="drop")
-    return jax.vmap(count)(ids)
-
-
-def _eigenblock(layer: Layer, left, right) -> EigenBlock:
-    (ql, vl), (qr, vr) = (_eigen(x, dense) for x, dense in zip((left, right), layer.dense))
-    values = vl[:, :, None] * vr[:, None, :]
-    return EigenBlock(layer, ql, qr, values, jnp.zeros((), values.dtype), (vl, vr))
-
-
-def _eigen(factor, dense: bool):
-    """The basis and the eigenvalues of one factor; rounding's negative ones are zeros.
-
-    In float64 whatever the factor's dtype: in float32 eigenvectors of close eigenvalues mix, which moves
-    EK-FAC's scores by some thousandths.
-    """
-    if not dense:
-        return None, factor
-    if not is_concrete(factor):
-        values, basis = jnp.linalg.eigh(factor)
-        return basis, jnp.maximum(values, 0)
-    values, basis = np.linalg.eigh(np.asarray(factor, np.float64))
-    return jnp.asarray(basis, factor.dtype), jnp.asarray(np.maximum(values, 0), factor.dtype)
-
-
-@eqx.filter_jit
-def _penalties(risk: EmpiricalRisk, model, blocks):
-    """The diagonal of ∇²Ω in the eigenbasis: Σ Q_l² l2 Q_r², l2 itself where it is one number."""
-    parts = _kronecker(model, blocks, ()).split(risk.l2_vector(model))
-    square = lambda q: None if q is None else jnp.square(q)
-    bases = lambda b: (b.left, b.right)
-    return [
-        eqx.tree_at(bases, b, (square(b.left), square(b.right)), is_leaf=_is_none).rotate(part)
-        for b, part in zip(blocks, parts)
-    ]
-
-
-def _is_none(x) -> bool:
-    return x is None
-
-
-@eqx.filter_jit
-def _second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, model):
-    """Λ = (1/n) Σ wᵢ (Q_lᵀ G Q_r)² over gradients G: the diagonal of the matrix that is approximated, in
-    the eigenbasis."""
-    watch = watched(risk, model)
-    rows = _fisher_rows(fisher, watch.rows, risk)
-
-    def block(args):
-        data, i, weights = args
-        pairs = zip(blocks, rows(data, i))
-        return [_squares(b.layer, b.rotate_rows(row), weights) for b, row in pairs]
-
-    def gradient_size(layer, row):
-        return 0 if row.right.shape[-2] == 1 else 2 * row.left.shape[1] * layer.size
-
-    chunk = _chunk(fisher, watch, risk, gradient_size)
-    return [total / risk.n for total in chunked_sum(block, _examples(risk), chunk)]
-
-
-def _squares(layer: Layer, rows: Rows, weights):
-    """Σ wᵢ (Σ_t left ⊗ right)² over examples and cotangents, [S, l, r]."""
-    if rows.indexed:
-        return _squares_of_table(layer, rows, weights)
-    if rows.left.shape[-2] == 1 and rows.right.shape[1] == 1:
-        left = jnp.sum(jnp.square(rows.left[:, :, :, 0]), axis=1)  # [b, S, l]
-        right = jnp.square(rows.right[:, 0, :, 0])
-        return einsum("b,bsl,bsr->slr", weights, left, right)
-    left = jnp.sqrt(weights)[:, None, None, None, None] * rows.left
-    gradients = einsum("bkstl,bkstr->bkslr", left, _repeat(rows.right, rows.left.shape[1]))
-    return jnp.sum(jnp.square(gradients), axis=(0, 1))
-
-
-def _repeat(right, k: int):
-    return jnp.broadcast_to(right, (right.shape[0], k, *right.shape[2:]))
-
-
-def _squares_of_table(layer: Layer, rows: Rows, weights):
-    """The same for one-hot rows: (Σ_t g_t)² over the places t of a row is Σ_t g_t (Σ_t' g_t')."""
-    ids = rows.right[:, 0]  # [b, S, T]
-    same = (ids[..., :, None] == ids[..., None, :]).astype(rows.left.dtype)
-    together = einsum("bsuv,bksvl->bksul", same, rows.left)
-    parts = einsum("b,bksul,bksul->sbul", weights, rows.left, together)
-    _, l, r = layer.shape
-    add = lambda i, x: jnp.zeros((r, l), x.dtype).at[i].add(x, mode="drop")
-    return jax.vmap(add)(jnp.moveaxis(ids, 1, 0), parts).swapaxes(1, 2)
 
 
 def _check_positive(block: EigenBlock, penalty) -> None:

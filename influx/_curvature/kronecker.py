@@ -7,9 +7,11 @@ from dataclasses import replace
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
-from .._misc import einsum
+from .._custom_types import Model
+from .._linalg import einsum
 from .._taps import Layer, Rows, Rules
 from .base import AbstractFactored
 
@@ -108,6 +110,12 @@ class Kronecker(AbstractFactored):
     blocks: tuple[EigenBlock, ...]
     shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
     rules: Rules = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, model: Model, blocks: Sequence[EigenBlock], rules: Rules) -> "Kronecker":
+        """Blocks of a model's layers."""
+        leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
+        return cls(tuple(blocks), tuple(leaf.shape for leaf in leaves), rules)
 
     @property
     def matrix(self):

@@ -1,6 +1,6 @@
 import jax.numpy as jnp
 
-from .._misc import is_concrete
+from .._checks import is_concrete
 from .._solver.neumann import Neumann as NeumannSolver
 from .._solver.neumann import safe_step
 from .iterative import AbstractIterative, Iterative, extreme_ritz_values

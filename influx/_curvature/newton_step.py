@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .._chunks import chunk_length, chunked_map, map_blocks, take
 from .._custom_types import Model, Scalar
 from .._gradients import example_gradient, risk_gradient
 from .._jacobian import AbstractJacobian
-from .._misc import chunk_length, chunked_map, dot, einsum, map_blocks, ravel, take
+from .._linalg import dot, einsum, ravel
 from .._risk import EmpiricalRisk
 from .base import AbstractFactored
 

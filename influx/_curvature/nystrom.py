@@ -2,7 +2,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from .._misc import check_whole, dot, is_concrete
+from .._checks import check_whole, is_concrete
+from .._linalg import dot
 from .base import AbstractCurvature, check_wrapped, least_penalty
 from .subspace import (
     check_finite,

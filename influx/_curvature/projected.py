@@ -1,7 +1,7 @@
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
-from .._misc import check_whole
+from .._checks import check_whole
 from .base import AbstractCurvature, check_wrapped
 from .subspace import check_fits, check_key, galerkin, random_subspace
 

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import is_concrete
+from .._chunks import chunk_length
 from .._custom_types import Model
-from .._misc import chunk_length, dot, is_concrete, ravel
+from .._linalg import dot, ravel
 from .._risk import EmpiricalRisk
 from .base import AbstractCurvature, AbstractFactored, factor_matrix
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 import influx as ix
 
 from .._agreement import Agreement, agreement
-from .._misc import chunk_length, map_blocks, ravel, take
+from .._chunks import chunk_length, map_blocks, take
+from .._linalg import ravel
 from .problem import Config, Problem, load
 
 STAGES = (

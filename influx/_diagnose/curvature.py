@@ -7,11 +7,12 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int
 
+from .._chunks import take
 from .._curvature import AbstractFactored
 from .._curvature.iterative import Iterative
 from .._gradients import example_gradient, map_gradients, risk_gradient
 from .._influence import Influence
-from .._misc import ravel, take
+from .._linalg import ravel
 from .._response import implicit_response
 from .._solver.bounds import lanczos
 from .base import Finding, finding, judge

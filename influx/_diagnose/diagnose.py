@@ -1,7 +1,7 @@
 """Whether an influence computation can be trusted: measured findings, each with a remedy."""
 
+from .._checks import require_concrete
 from .._influence import Influence
-from .._misc import require_concrete
 from .._response import TrainingRun
 from .base import Diagnosis, finite
 from .curvature import of_curvature

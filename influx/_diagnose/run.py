@@ -8,8 +8,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._chunks import take
 from .._influence import Influence
-from .._misc import take
 from .._response import TrainingRun
 from .base import Finding, finding, judge
 

@@ -7,9 +7,9 @@ import equinox as eqx
 from jaxtyping import Array, Float, Int, PyTree
 
 if TYPE_CHECKING:
+    from .._chunks import Limits
     from .._engine import Schedule
     from .._influence import Influence
-    from .._misc import Limits
 
 
 class AbstractEffect(eqx.Module):

@@ -4,8 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._chunks import map_blocks
 from .._engine import Alternative, Piece, choose, cost_of
-from .._misc import map_blocks, ravel
+from .._linalg import ravel
 from .base import AbstractEffect
 from .derivative import Derivative
 

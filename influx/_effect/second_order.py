@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._chunks import map_blocks
 from .._engine import Alternative, Piece, choose, cost_of
-from .._misc import map_blocks, ravel, two_derivatives
+from .._linalg import ravel, two_derivatives
 from .base import AbstractEffect
 
 

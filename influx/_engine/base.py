@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import equinox as eqx
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._chunks import Limits
 from .._measurement import AbstractMeasurement
-from .._misc import Limits
 from .schedule import Alternative
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._chunks import Limits, chunked_map, take
 from .._gradients import example_gradient, map_gradients
-from .._misc import Limits, chunked_map, dot, ravel, take
+from .._linalg import dot, ravel
 from .base import AbstractScoring
 from .cost import Cost, Parts, cost_of
 from .schedule import Alternative, Piece

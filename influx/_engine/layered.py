@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
+from .._chunks import Limits, chunked_map, map_blocks, take
 from .._curvature import EigenBlock, Kronecker
+from .._linalg import einsum
 from .._measurement import Loss
-from .._misc import Limits, chunked_map, einsum, map_blocks, take
 from .._taps import Layer, Rows, Watched, ruled
 from .base import AbstractScoring
 from .cost import Cost, cost_of

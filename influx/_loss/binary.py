@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .._misc import is_concrete
+from .._checks import is_concrete
 from .base import AbstractLoss, LossConstants
 from .checks import array_target, check_output, check_shape, few, flat_rows
 

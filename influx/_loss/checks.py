@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._misc import is_concrete
+from .._checks import is_concrete
 
 
 def check_output(output, loss: str) -> None:

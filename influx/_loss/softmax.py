@@ -10,7 +10,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._misc import einsum, is_concrete
+from .._checks import is_concrete
+from .._linalg import einsum
 from .base import AbstractLoss, LossConstants
 from .checks import array_target, check_output, check_range, check_shape
 

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._chunks import take
 from .._custom_types import Example, Model, Scalar
+from .._linalg import ravel
 from .._loss import AbstractLoss
-from .._misc import ravel, take
 from .._risk import EmpiricalRisk
 from .._validate import check_queries
 

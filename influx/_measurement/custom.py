@@ -5,8 +5,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._chunks import take
 from .._data import check_axes
-from .._misc import take
 from .base import AbstractMeasurement
 
 

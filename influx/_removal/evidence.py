@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float, Int
 
+from .._chunks import chunk_length, chunked_map, leading_length, map_blocks, take
 from .._curvature import Hessian
 from .._custom_types import Model
 from .._influence import Influence, influence
+from .._linalg import dot, ravel
 from .._measurement.margin import margin
-from .._misc import chunk_length, chunked_map, dot, leading_length, map_blocks, ravel, take
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows, Watched
 from .._train import Newton, fit

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from .._chunks import leading_length, take
 from .._custom_types import Model
-from .._misc import leading_length, take
 from .._risk import EmpiricalRisk
 from .._validate import check_queries
 

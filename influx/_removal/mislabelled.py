@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .._checks import check_whole, require_concrete
 from .._custom_types import Model
 from .._jacobian import is_affine
 from .._measurement import Margin
-from .._misc import check_whole, require_concrete
 from .._risk import EmpiricalRisk
 from .._validate import class_logits_shape, require_labels, validate
 from .evidence import by_features, by_model

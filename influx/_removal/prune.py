@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._checks import check_whole, require_concrete
+from .._chunks import leading_length
 from .._curvature import AbstractCurvature, Hessian, check_curvature
 from .._custom_types import Model
 from .._influence import Influence, influence
-from .._misc import check_whole, leading_length, ravel, require_concrete
+from .._linalg import ravel
 from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer, check_trainer
 from .._train.fit import fitted

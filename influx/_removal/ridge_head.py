@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float, Int
 
-from .._misc import dot, einsum
+from .._linalg import dot, einsum
 
 RIDGE = 0.03  # μ as a share of the features' mean square; fixed on other data than the benchmarks'
 

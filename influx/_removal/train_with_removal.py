@@ -10,9 +10,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._checks import check_whole, require_concrete
+from .._chunks import leading_length, take
 from .._custom_types import Model, Where
 from .._jacobian import head_features, output_jacobian
-from .._misc import check_whole, leading_length, require_concrete, take
 from .._restriction import restrict
 from .._risk import EmpiricalRisk
 from .._train import SGD

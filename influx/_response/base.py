@@ -4,10 +4,10 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._chunks import Limits
 from .._custom_types import Model
 from .._engine import Schedule
 from .._measurement import AbstractMeasurement
-from .._misc import Limits
 from .._risk import EmpiricalRisk
 
 

@@ -1,13 +1,14 @@
 import equinox as eqx
 import jax
 
+from .._chunks import Limits, take
 from .._curvature import AbstractCurvature, AbstractFactored
 from .._curvature.newton_step import AbstractNewtonSteps
 from .._custom_types import Model
 from .._engine import AbstractScoring, Layered, PerExample, choose
 from .._gradients import risk_gradient
 from .._jacobian import AbstractJacobian, output_jacobian
-from .._misc import Limits, ravel, take, two_derivatives
+from .._linalg import ravel, two_derivatives
 from .._risk import EmpiricalRisk
 from .base import AbstractResponse
 

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
 from .._custom_types import Model
-from .._misc import ravel
+from .._linalg import ravel
 from .._risk import EmpiricalRisk
 from .._train import SGD
 from .._train.sgd import batch_objective

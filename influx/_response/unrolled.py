@@ -10,9 +10,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from .._checks import is_concrete
+from .._chunks import Limits, even_length
 from .._custom_types import Model
 from .._engine import Alternative, Piece, choose, cost_of
-from .._misc import Limits, even_length, is_concrete, ravel
+from .._linalg import ravel
 from .._risk import EmpiricalRisk
 from .._train import SGD, check_trainer
 from .base import AbstractResponse

@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._misc import dot
+from .._linalg import dot
 
 # Multiples of the machine epsilon, of the scale of H, which one product and one Lanczos step may err by.
 _PRODUCT = 64

@@ -9,7 +9,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from .._misc import dot
+from .._linalg import dot
 
 # A residual is a null vector of A where ‖Ar‖ is at most this power of the machine epsilon, in units of
 # ‖A‖‖r‖: lost orthogonality leaves 1e-9 or so of it in float64.

@@ -13,8 +13,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .._checks import check_whole
 from .._custom_types import Model
-from .._misc import check_whole, ravel
+from .._linalg import ravel
 
 
 class Objective(Protocol):

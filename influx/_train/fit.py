@@ -1,7 +1,7 @@
 import equinox as eqx
 
+from .._checks import require_concrete
 from .._custom_types import Model
-from .._misc import require_concrete
 from .._risk import EmpiricalRisk
 from .._validate import validate
 from .base import AbstractTrainer, Trained, check_trainer

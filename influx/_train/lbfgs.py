@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool
 
-from .._misc import ravel
+from .._linalg import ravel
 from .base import (
     AbstractTrainer,
     Trained,

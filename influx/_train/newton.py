@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int
 
-from .._misc import chunk_length, chunked_map, dot, ravel
+from .._chunks import chunk_length, chunked_map
+from .._linalg import dot, ravel
 from .base import (
     AbstractTrainer,
     Trained,

@@ -10,7 +10,8 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._misc import ravel, take
+from .._chunks import take
+from .._linalg import ravel
 from .base import AbstractTrainer, Trained, count, flat, gradient_items, norm
 
 

@@ -4,9 +4,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._checks import is_concrete
 from .._data import checked_masks
 from .._influence import Influence
-from .._misc import is_concrete
 from .._scale import Unscaled
 
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._checks import check_chunk
+from .._chunks import chunk_length, chunked_map
 from .._data import real_array
-from .._misc import check_chunk, chunk_length, chunked_map, dot
+from .._linalg import dot
 
 
 class LDS(eqx.Module):

@@ -3,8 +3,8 @@ from typing import Any
 
 from jaxtyping import Array, PyTree
 
+from .._checks import require_concrete
 from .._custom_types import Model
-from .._misc import require_concrete
 from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer
 from .._validate import validate

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._checks import require_concrete
 from .._custom_types import Model
 from .._data import checked_masks
-from .._misc import require_concrete
 from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer
 from .._validate import validate

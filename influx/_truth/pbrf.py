@@ -10,8 +10,9 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
+from .._checks import check_damping, require_concrete
 from .._custom_types import Model, Scalar, ScalarLike
-from .._misc import check_damping, ravel, require_concrete
+from .._linalg import ravel
 from .._risk import EmpiricalRisk
 from .._train import Newton
 from .._validate import validate

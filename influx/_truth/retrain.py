@@ -9,8 +9,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from .._checks import check_chunk
+from .._chunks import chunk_length, chunked_map, leading_length, take
 from .._custom_types import Model
-from .._misc import check_chunk, chunk_length, chunked_map, leading_length, ravel, take
+from .._linalg import ravel
 from .._train import AbstractTrainer, Trained, check_trainer
 from .._train.base import Objective
 

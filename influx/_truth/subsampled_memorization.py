@@ -12,9 +12,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from .._checks import check_whole, require_concrete
+from .._chunks import take
 from .._custom_types import Example, Model
+from .._linalg import einsum
 from .._loss import AbstractLoss
-from .._misc import check_whole, einsum, require_concrete, take
 from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer
 from .._validate import check_queries, class_logits_shape, require_labels, validate

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import influx as ix
 from influx._curvature.subspace import random_subspace
-from influx._misc import ravel
+from influx._linalg import ravel
 from proofs_checks import _oracle as oracle
 from proofs_checks._library import model_at, risk_of
 from proofs_checks._oracle import Family

@@ -1,0 +1,63 @@
+"""Settings and arguments, checked where they are written."""
+
+from numbers import Integral
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from ._custom_types import Scalar, ScalarLike
+
+
+def is_concrete(tree: PyTree) -> bool:
+    """Whether every array of `tree` holds values, so that they may be inspected."""
+    return not any(isinstance(x, jax.core.Tracer) for x in jtu.tree_leaves(tree))
+
+
+def require_concrete(verb: str, *trees: PyTree) -> None:
+    """Refuse to run inside a trace, for verbs that look at numbers to decide."""
+    if not is_concrete(trees):
+        raise ValueError(
+            f"`{verb}` looks at numbers to decide what it answers, and inside `jax.jit`, `jax.vmap` or "
+            "`jax.grad` there are none yet. Call it outside."
+        )
+
+
+def check_whole(
+    name: str, value: Any, *, least: int = 1, most: int | None = None, hint: str = ""
+) -> int:
+    """A count: a whole number, of Python or NumPy, within bounds."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):
+        bounds = f"at least {least}" if most is None else f"in {least}…{most}"
+        raise ValueError(f"`{name}` must be a whole number, {bounds}, got {value!r}.{hint}")
+    return int(value)
+
+
+def check_chunk(chunk_size: int | None) -> None:
+    if chunk_size is not None:
+        check_whole("chunk_size", chunk_size, hint=" None chooses one.")
+
+
+def check_memory(memory: int | None) -> None:
+    if memory is not None:
+        hint = " It counts bytes: for one gigabyte write memory=10**9. None is 256 MiB."
+        check_whole("memory", memory, hint=hint)
+
+
+def check_damping(damping: ScalarLike) -> Scalar:
+    """A damping λ, a number at least zero, as an array: another λ is then no other program."""
+    if not is_concrete(damping):
+        return jnp.asarray(damping)
+    if not np.issubdtype(np.asarray(damping).dtype, np.number) or np.ndim(damping) != 0:
+        raise ValueError(f"`damping` must be one number, got {damping!r}.")
+    if not np.isfinite(damping) or damping < 0:
+        raise ValueError(
+            f"`damping` is λ in (H + λI) and must be at least 0, got {damping}. "
+            "Use damping=0. for the plain inverse, or a positive number such as 1e-3."
+        )
+    return damping if isinstance(damping, jax.Array) else np.asarray(damping, float)

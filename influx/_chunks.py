@@ -1,0 +1,86 @@
+"""Work on many rows, a chunk at a time: in bounded memory, with the same results."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+# Temporaries of one chunk are kept within this size. Results do not depend on it (a law under test).
+BYTE_BUDGET = 256 * 2**20
+
+
+def leading_length(tree: PyTree) -> int:
+    return jtu.tree_leaves(tree)[0].shape[0]
+
+
+def take(tree: PyTree, indices) -> PyTree:
+    return jtu.tree_map(lambda x: x[indices], tree)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a user allows: `chunk_size` training points at a time, and `memory` bytes of temporaries;
+    `None` leaves the one to the other, and the other to `BYTE_BUDGET`."""
+
+    chunk_size: int | None = None
+    memory: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return BYTE_BUDGET if self.memory is None else self.memory
+
+    def rows(self, row_items: int, dtype) -> int:
+        """How many rows of `row_items` numbers at a time (at least one)."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return max(1, int(self.bytes // (max(1, row_items) * jnp.dtype(dtype).itemsize)))
+
+
+def chunk_length(row_items: int, dtype, chunk_size: int | None = None) -> int:
+    """How many rows of `row_items` numbers fit into the byte budget (at least one)."""
+    return Limits(chunk_size).rows(row_items, dtype)
+
+
+def chunked_map(fn, xs: PyTree, chunk: int) -> PyTree:
+    """`jax.vmap(fn)(xs)`, `chunk` rows at a time: the same result in less memory."""
+    if chunk >= leading_length(xs):
+        return jax.vmap(fn)(xs)
+    return map_blocks(lambda i: jax.vmap(fn)(take(xs, i)), leading_length(xs), chunk)
+
+
+def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
+    """`sum(fn(block) for block in blocks of xs)`, `fn` taking rows [b, ...] and answering a sum."""
+    n = leading_length(xs)
+    if chunk >= n:
+        return fn(xs)
+    size = even_length(n, chunk)
+    full = n // size
+    blocks = jtu.tree_map(lambda x: x[: full * size].reshape(full, size, *x.shape[1:]), xs)
+    zeros = lambda struct: jnp.zeros(struct.shape, struct.dtype)
+    start = jtu.tree_map(zeros, jax.eval_shape(fn, take(blocks, 0)))
+    add = lambda total, block: (jtu.tree_map(jnp.add, total, fn(block)), None)
+    total, _ = jax.lax.scan(add, start, blocks)
+    if full * size < n:
+        total = jtu.tree_map(jnp.add, total, fn(take(xs, slice(full * size, None))))
+    return total
+
+
+def even_length(n: int, chunk: int) -> int:
+    """The length of the fewest blocks of at most `chunk` that 0…n−1 falls into, all of them equal."""
+    return -(-n // -(-n // max(1, min(chunk, n))))
+
+
+def map_blocks(fn, n: int, chunk: int) -> PyTree:
+    """`fn(indices)` for equal consecutive blocks of at most `chunk` of 0…n−1, joined again.
+
+    The last block is filled up with n − 1, so that `fn` compiles once.
+    """
+    if chunk >= n:
+        return fn(jnp.arange(n))
+    size = even_length(n, chunk)
+    count = -(-n // size)
+    indices = jnp.minimum(jnp.arange(count * size), n - 1)
+    blocks = jax.lax.map(fn, indices.reshape(count, size))
+    return jtu.tree_map(lambda x: x.reshape(count * size, *x.shape[2:])[:n], blocks)

@@ -1,0 +1,77 @@
+"""The diagonal of a layer's curvature in its eigenbasis: what EK-FAC corrects, and what l2 adds."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .._chunks import chunked_sum
+from .._linalg import einsum
+from .._risk import EmpiricalRisk
+from .._taps import Layer, Rows
+from .fisher import Fisher
+from .ggn import GaussNewton
+from .kronecker import Kronecker
+from .kronecker_factors import chunk_of, examples, fisher_rows, watched
+
+
+@eqx.filter_jit
+def penalty_diagonals(risk: EmpiricalRisk, model, blocks):
+    """The diagonal of ∇²Ω in the eigenbasis: Σ Q_l² l2 Q_r², l2 itself where it is one number."""
+    parts = Kronecker.of(model, blocks, ()).split(risk.l2_vector(model))
+    square = lambda q: None if q is None else jnp.square(q)
+    bases = lambda b: (b.left, b.right)
+    return [
+        eqx.tree_at(bases, b, (square(b.left), square(b.right)), is_leaf=_is_none).rotate(part)
+        for b, part in zip(blocks, parts)
+    ]
+
+
+def _is_none(x) -> bool:
+    return x is None
+
+
+@eqx.filter_jit
+def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, model):
+    """Λ = (1/n) Σ wᵢ (Q_lᵀ G Q_r)² over gradients G: the diagonal of the matrix that is approximated, in
+    the eigenbasis."""
+    watch = watched(risk, model)
+    rows = fisher_rows(fisher, watch.rows, risk)
+
+    def block(args):
+        data, i, weights = args
+        pairs = zip(blocks, rows(data, i))
+        return [_squares(b.layer, b.rotate_rows(row), weights) for b, row in pairs]
+
+    def gradient_size(layer, row):
+        return 0 if row.right.shape[-2] == 1 else 2 * row.left.shape[1] * layer.size
+
+    chunk = chunk_of(fisher, watch, risk, gradient_size)
+    return [total / risk.n for total in chunked_sum(block, examples(risk), chunk)]
+
+
+def _squares(layer: Layer, rows: Rows, weights):
+    """Σ wᵢ (Σ_t left ⊗ right)² over examples and cotangents, [S, l, r]."""
+    if rows.indexed:
+        return _squares_of_table(layer, rows, weights)
+    if rows.left.shape[-2] == 1 and rows.right.shape[1] == 1:
+        left = jnp.sum(jnp.square(rows.left[:, :, :, 0]), axis=1)  # [b, S, l]
+        right = jnp.square(rows.right[:, 0, :, 0])
+        return einsum("b,bsl,bsr->slr", weights, left, right)
+    left = jnp.sqrt(weights)[:, None, None, None, None] * rows.left
+    gradients = einsum("bkstl,bkstr->bkslr", left, _repeat(rows.right, rows.left.shape[1]))
+    return jnp.sum(jnp.square(gradients), axis=(0, 1))
+
+
+def _repeat(right, k: int):
+    return jnp.broadcast_to(right, (right.shape[0], k, *right.shape[2:]))
+
+
+def _squares_of_table(layer: Layer, rows: Rows, weights):
+    """The same for one-hot rows: (Σ_t g_t)² over the places t of a row is Σ_t g_t (Σ_t' g_t')."""
+    ids = rows.right[:, 0]  # [b, S, T]
+    same = (ids[..., :, None] == ids[..., None, :]).astype(rows.left.dtype)
+    together = einsum("bsuv,bksvl->bksul", same, rows.left)
+    parts = einsum("b,bksul,bksul->sbul", weights, rows.left, together)
+    _, l, r = layer.shape
+    add = lambda i, x: jnp.zeros((r, l), x.dtype).at[i].add(x, mode="drop")
+    return jax.vmap(add)(jnp.moveaxis(ids, 1, 0), parts).swapaxes(1, 2)

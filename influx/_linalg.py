@@ -1,0 +1,43 @@
+"""Models as vectors, and products at full precision."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from ._custom_types import Model
+
+
+def ravel(model: Model):
+    """The parameters of `model` as one vector, and the map from a vector back to a model.
+
+    **Returns:** `(theta, rebuild)`, `theta` of shape [P], `rebuild(theta)` a model like `model`.
+    """
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    theta, unravel = ravel_pytree(params)
+    return theta, lambda vector: eqx.combine(unravel(vector), static)
+
+
+def ravel_gradient(tree: PyTree) -> Float[Array, " P"]:
+    """A gradient (a model-shaped pytree, `None` where not differentiated) as one vector [P]."""
+    return ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
+
+
+def two_derivatives(fn: Callable[[Array], PyTree], dtype) -> tuple[PyTree, PyTree]:
+    """f′(0) and f″(0) of a function of one number: forward mode, nested."""
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    slope = lambda e: jax.jvp(fn, (e,), (one,))[1]
+    return jax.jvp(slope, (zero,), (one,))
+
+
+def dot(a: Array, b: Array) -> Array:
+    """`a @ b` at full precision."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def einsum(subscripts: str, *operands: Array) -> Array:
+    """`jnp.einsum` at full precision."""
+    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
