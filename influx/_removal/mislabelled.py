@@ -53,7 +53,7 @@ class Mislabelled(eqx.Module):
 
 
 def find_mislabelled(
-    risk: EmpiricalRisk, model: Model, *, evidence: Literal["model", "features"] | None = None
+    risk: EmpiricalRisk, model: Model, *, evidence: Literal["features", "model"] = "features"
 ) -> Mislabelled:
     r"""Rank training points by how much the other points contradict their label.
 
@@ -69,46 +69,55 @@ def find_mislabelled(
 
     **Arguments:** `evidence`: what asks the others.
 
-    - `"model"`, the default where the outputs are affine in the parameters. Margins without the point,
+    - `"features"`: indicators of the labels are regressed on how near points lie, by
+
+          K = 1 + mean over layers of exp(−‖aᵢ − aⱼ‖²),
+
+      a the layer's input, centred and of mean square 1. The layers are the first half of the model's
+      linear ones, in the order of the program (of one, that one): a network has bent its later
+      features towards wrong labels, and its last layer, however well it removes a point, believes them.
+      By P12 this is the part of influence which does not read labels: feature similarity. Removal is
+      exact: (ŷᵢ − hᵢyᵢ)/(1 − hᵢ), h the leverage. The ridge is, of six between Σw/3,000 and Σw/14, the
+      one whose predictions without each point err least. The margin γ is ŷ of the given class less the
+      largest other. Asked twice: the second time with data weights wᵢ·(1 + γᵢ), within [0, wᵢ].
+    - `"model"`, for outputs affine in the parameters: the model's own margins without the point,
       γᵢ(θ̂₋ᵢ), by one Newton step (P10). Four rounds: the model is refitted with data weights
       wᵢP(label i is right), where
 
           P(right) = σ(γᵢ(θ̂₋ᵢ) + log((1 − ε)(C − 1)/ε)),
 
-      the posterior if a share ε of labels is any other class, ε the maximum-likelihood share.
-    - `"features"`, the default for every other model. A trained network has bent its features towards
-      wrong labels, and its last layer, however well it removes a point, believes them. So indicators of
-      the labels are regressed on the inputs a of *all* its linear layers, in which the first are
-      hardly bent and a strong ridge leaves only what many points share:
+      the posterior if a share ε of labels is any other class, ε the maximum-likelihood share. Its
+      classes are those a linear model can tell apart; points are near in `"features"` whatever it can.
 
-          K = 1 + mean over layers of ⟨aᵢ, aⱼ⟩ (centred, of mean square 1),    ridge = Σw/100.
+    Pass the whole network, not its restricted head: a head's one layer takes the last features.
 
-      By P12 that is the part of influence which does not read labels: feature similarity. Removal is
-      exact: (ŷᵢ − hᵢyᵢ)/(1 − hᵢ), h the leverage. The margin is ŷ of the given class less the largest
-      other. Four rounds: each leaves out the points whose margin was below −0.2 in the one before.
-
-    Pass the whole network, not its restricted head: a head is affine in its parameters, and its evidence
-    would be its own.
-
-    **Sign and unit.** Higher is more suspect; 0 is where the others prefer another class. Log-odds for
-    `"model"`, differences of regressed indicators for `"features"`.
+    **Sign and unit.** Higher is more suspect; 0 is where the others prefer another class. Differences of
+    regressed indicators for `"features"`, log-odds for `"model"`.
 
     **Raises:** `ValueError` for a loss without classes, `evidence="model"` where outputs are not affine,
     `evidence="features"` where no layer is linear in a parameter; what `influence` raises for a Hessian
     that is singular (give `l2` > 0).
 
-    **Cost:** `"model"`: four trainings by Newton, n Newton steps each. `"features"`: O(n²d + n³), d the
-    number of the layers' inputs, and a few arrays of n² numbers.
+    **Cost:** `"features"`: O(n²d + n³), d the number of the layers' inputs, and a few arrays of n²
+    numbers. `"model"`: four trainings by Newton, n Newton steps each.
 
-    **Source:** the rule is this project's own. Posterior weights: Dempster, Laird & Rubin, "Maximum
-    Likelihood from Incomplete Data via the EM Algorithm" (1977). Leaving suspects out: Northcutt, Jiang
-    & Chuang, "Confident Learning", arXiv:1911.00068, which retrains folds instead.
+    **Source:** the rule is this project's own. Leave-one-out errors of kernel ridge regression: Allen,
+    "The Relationship Between Variable Selection and Data Augmentation and a Method for Prediction"
+    (1974). Posterior weights: Dempster, Laird & Rubin, "Maximum Likelihood from Incomplete Data via the
+    EM Algorithm" (1977).
     """
+    if evidence not in ("features", "model"):
+        raise ValueError(f'`evidence` must be "features" or "model", got {evidence!r}.')
     require_concrete("find_mislabelled", risk, model)
     validate(risk, model)
+    if evidence == "model" and not is_affine(risk, model):
+        raise ValueError(
+            '`evidence="model"` refits the model without suspects by Newton, and its outputs are not '
+            'affine in its parameters. Use `evidence="features"`.'
+        )
     classes = _classes(risk, model)
     labels = risk.data[1].reshape(-1).astype(int)
-    if _by_model(risk, model, evidence):
+    if evidence == "model":
         found = by_model(risk, model, labels)
     else:
         found = by_features(risk, model, labels, classes)
@@ -131,18 +140,6 @@ def _classes(risk: EmpiricalRisk, model: Model) -> int:
     if classes < 2:
         raise ValueError("`find_mislabelled` needs at least two classes, the model has one output.")
     return classes
-
-
-def _by_model(risk: EmpiricalRisk, model: Model, evidence: str | None) -> bool:
-    if evidence not in (None, "model", "features"):
-        raise ValueError(f'`evidence` must be "model", "features" or None, got {evidence!r}.')
-    affine = is_affine(risk, model)
-    if evidence == "model" and not affine:
-        raise ValueError(
-            '`evidence="model"` refits the model without suspects by Newton, and its outputs are not '
-            'affine in its parameters. Use `evidence="features"`, the default for such models.'
-        )
-    return affine if evidence is None else evidence == "model"
 
 
 @eqx.filter_jit
