@@ -11,8 +11,8 @@ the logistic regression and EK-FAC's on networks. Float32.
 
 No rule or constant of `find_mislabelled` has seen these three problems. They were fixed on wine, iris,
 scikit-learn's synthetic classes (2, 6 and 10 of them), two moons, three spirals, house prices and fuel
-consumption in classes, drawn letters, patches of photographs, and the 1,000 MNIST images that the network
-here does not train on, each at 10 % and 30 %, with a linear model and with a network.
+consumption in classes, drawn letters, patches of photographs, and the 1,000 MNIST images that the
+network here does not train on, each at 10 % and 30 %, with a linear model and with a network.
 """
 
 from collections.abc import Callable

@@ -6,10 +6,12 @@ MNIST-5k, 4,000 training points, float32: an MLP 784-256-128-10 by SGD with mome
 in a way that is smooth in its data weights (GELU, batches of 250, step 0.02) and once in a way that is
 not (ReLU, batches of 64, step 0.05). Outcomes are the margins of 100 test points after training anew
 without a random 1, 5 or 20 % of the points, 40 such subsets each, from the same start and in the same
-order of batches. A row is the linear datamodeling score (LDS) of a method at the three
-sizes. "At weights 1 − share" is the derivative of the run in which every point has the weight that it
-has on average over the subsets; all else is at weights 1. Costs are of compiled calls, in training runs
-(a compiled `fit`), the median of five pairs timed in turn.
+order of batches: erased, so that a batch's gradient is still divided by its size and the whole pull of
+the data falls with the share; and renormalised, the others with the weight 1/(1 − share), so that it
+stays. A row is the linear datamodeling score (LDS) of a method at the three sizes. "At weights
+1 − share" is the derivative of the run in which every point has the weight that it has on average over
+the erased subsets (over the renormalised ones it is 1); all else is at weights 1. Costs are of compiled
+calls, in training runs (a compiled `fit`), the median of five pairs timed in turn.
 """
 
 import argparse
@@ -94,11 +96,14 @@ def agreement(console: Console, setting: Setting, subsets_each: int, count: int)
     queries = jtu.tree_map(lambda x: x[:count], test)
     outcome = lambda model: margins(model, queries)
     masks = {share: subsets(risk.n, share, subsets_each) for share in SHARES}
-    stacked = np.concatenate(list(masks.values()))
-    after = ix.leave_subset_out(
-        risk, setting.start(), setting.trainer(), masks=stacked, outcome=outcome
-    )
-    outcomes = dict(zip(SHARES, np.split(np.asarray(after), len(SHARES))))
+
+    def retrained(weights: dict[float, np.ndarray]) -> dict[float, np.ndarray]:
+        stacked = np.concatenate(list(weights.values()))
+        after = ix.leave_subset_out(
+            risk, setting.start(), setting.trainer(), masks=stacked, outcome=outcome
+        )
+        return dict(zip(SHARES, np.split(np.asarray(after), len(SHARES))))
+
     found = handles(risk, setting)
     scores = {name: [f(queries)] * len(SHARES) for name, f in found.items()}
     scores["unrolled at weights 1 − share"] = [
@@ -108,9 +113,14 @@ def agreement(console: Console, setting: Setting, subsets_each: int, count: int)
     table = Table(title=f"{setting.name}: LDS ± standard error, {count} queries")
     for column in ("", *(f"without {share:.0%}" for share in SHARES)):
         table.add_column(column)
-    for name, by_share in scores.items():
-        cells = [ix.lds(x, masks[s], outcomes[s]) for s, x in zip(SHARES, by_share)]
-        table.add_row(name, *(f"{c.value:.3f} ± {c.standard_error:.3f}" for c in cells))
+    erased = retrained(masks)
+    renormalised = retrained({s: mask / np.float32(1 - s) for s, mask in masks.items()})
+    for removed, outcomes in (("erased", erased), ("renormalised", renormalised)):
+        for name, by_share in scores.items():
+            if "1 − share" not in name or removed == "erased":
+                cells = [ix.lds(x, masks[s], outcomes[s]) for s, x in zip(SHARES, by_share)]
+                shown = (f"{c.value:.3f} ± {c.standard_error:.3f}" for c in cells)
+                table.add_row(f"{removed}: {name}", *shown)
     console.print(table)
     plain = found["unrolled"]
     accuracy = jnp.mean(jnp.argmax(jax.vmap(plain.model)(test[0]), axis=1) == test[1])
