@@ -12,8 +12,7 @@ from ._curvature import AbstractCurvature, Hessian
 from ._custom_types import Model
 from ._gradients import example_gradient, risk_gradient
 from ._influence import Influence, influence
-from ._linalg import ravel, ravel_gradient
-from ._loss import AbstractLoss
+from ._linalg import dot, ravel, ravel_gradient
 from ._risk import EmpiricalRisk
 from ._train.base import AbstractTrainer
 from ._train.newton import Newton
@@ -74,7 +73,8 @@ def check(
 
     *Of the problem:* the loss is finite and repeatable; its gradient agrees with central differences;
     its second derivative is symmetric and agrees with differences of the gradient; the loss's
-    `output_hessian` is the one that automatic differentiation finds.
+    `output_hessian` is the one that automatic differentiation finds, and of a convex loss `hessian_root`
+    is its root.
 
     *Of influence* (P2, P3, P4, P5, P8): symmetry, the sign of self-influence, the zero sum, the
     Cauchy–Schwarz bound, the classes.
@@ -158,7 +158,7 @@ def _problem_laws(risk, model, indices, seed) -> list[Law]:
             float(jnp.abs(jnp.vdot(u, Hv) - jnp.vdot(v, Hu)) / scale),
             identity,
         ),
-        _output_law(risk, model, data, identity),
+        *_output_laws(risk, model, data, identity),
     ]
 
 
@@ -212,23 +212,38 @@ def _curvature_law(theta, gradient, u, Hu) -> Law:
     return Law(name, statement, float(jnp.linalg.norm(Hu - wide) / size), tolerance)
 
 
-def _output_law(risk: EmpiricalRisk, model: Model, data, tolerance: float) -> Law:
-    name, statement = "output Hessian", "loss.output_hessian is ∇²ℓ in the output."
+def _output_laws(risk: EmpiricalRisk, model: Model, data, tolerance: float) -> list[Law]:
+    laws = {
+        "output Hessian": "loss.output_hessian is ∇²ℓ in the output.",
+        "Hessian root": "UᵀU is ∇²ℓ in the output, U = loss.hessian_root.",
+    }
+    skipped = lambda name, why: Law(name, laws[name], np.nan, 0, why)
     shape = eqx.filter_eval_shape(risk.output, model, take(data[0], 0))
     if not isinstance(shape, jax.ShapeDtypeStruct):
-        return Law(name, statement, np.nan, 0, "the output is not one array")
+        return [skipped(name, "the output is not one array") for name in laws]
 
     @eqx.filter_jit
-    def both(loss: AbstractLoss):
+    def claimed_and_found(claim):
         def one(x, y):
             output = risk.output(model, x)
-            flat = lambda o: loss(o.reshape(output.shape), y)
-            return loss.output_hessian(output, y), jax.hessian(flat)(output.reshape(-1))
+            flat = lambda o: risk.loss(o.reshape(output.shape), y)
+            return claim(output, y), jax.hessian(flat)(output.reshape(-1))
 
         return jax.vmap(one)(*data)
 
-    claimed, found = both(risk.loss)
-    return Law(name, statement, _relative(claimed, found), tolerance)
+    def square(output, y):
+        root = risk.loss.hessian_root(output, y).reshape(-1, output.size)
+        return dot(root.T, root)
+
+    def law(name, claim):
+        return Law(name, laws[name], _relative(*claimed_and_found(claim)), tolerance)
+
+    return [
+        law("output Hessian", risk.loss.output_hessian),
+        law("Hessian root", square)
+        if risk.loss.convex
+        else skipped("Hessian root", "the loss is not known to be convex"),
+    ]
 
 
 def _influence_laws(f: Influence, indices) -> list[Law]:

@@ -517,10 +517,11 @@ class WithHessian(AbstractLoss):
 
     loss: AbstractLoss
     hessian: object = eqx.field(static=True)
+    root: object = eqx.field(static=True, default=None)
 
     @property
     def convex(self):
-        return False
+        return self.root is not None
 
     def __call__(self, output, target):
         return self.loss(output, target)
@@ -529,6 +530,8 @@ class WithHessian(AbstractLoss):
         return self.hessian(self.loss, output, target)
 
     def hessian_root(self, output, target):
+        if self.root is not None:
+            return self.root(self.loss, output, target)
         return eigen_root(self.output_hessian(output, target)).reshape(-1, *output.shape)
 
     def output_fisher(self, output):
@@ -569,9 +572,16 @@ MUTANTS = {
 }
 
 
-def weighted_problem(hessian):
+WRONG_ROOTS = {
+    "scaled": lambda loss, o, t: 1.001 * loss.hessian_root(o, t),
+    "a row too few": lambda loss, o, t: loss.hessian_root(o, t)[1:],
+    "the Fisher's": lambda loss, o, t: loss.fisher_root(o),
+}
+
+
+def weighted_problem(hessian, root=None):
     rng = np.random.default_rng(0)
-    loss = WithHessian(ix.SoftmaxCrossEntropy(class_weights=WEIGHTS), hessian)
+    loss = WithHessian(ix.SoftmaxCrossEntropy(class_weights=WEIGHTS), hessian, root)
     return ix.EmpiricalRisk((rng.normal(size=(12, 4)), rng.integers(0, 3, 12)), loss, l2=0.05)
 
 
@@ -588,3 +598,11 @@ def test_check_breaks_on_a_wrong_output_hessian(mutant):
     with pytest.raises(BrokenLaw, match="BROKEN   output Hessian") as broken:
         ix.testing.check(risk, linear_model(), points=5)
     assert str(broken.value).count("BROKEN") == 1  # and nothing else is blamed
+
+
+@pytest.mark.parametrize("mutant", WRONG_ROOTS)
+def test_check_breaks_on_a_wrong_root_of_a_convex_loss(mutant):
+    right = lambda loss, o, t: loss.output_hessian(o, t)
+    with pytest.raises(BrokenLaw, match="BROKEN   Hessian root") as broken:
+        ix.testing.check(weighted_problem(right, WRONG_ROOTS[mutant]), linear_model(), points=5)
+    assert str(broken.value).count("BROKEN") == 1

@@ -46,7 +46,8 @@ def _metasmoothness(f: Influence) -> Finding:
         "weights, and no derivative foresees a removal.",
         "Do not use these numbers. Train more smoothly: a smaller step, larger batches, a warm-up, "
         "less momentum, fewer epochs; a smooth activation such as jax.nn.gelu, average pooling in "
-        "place of max. Or use a curvature at the trained model: `influence(risk, f.model, EKFAC())`.",
+        "place of max. A curvature at the trained model, `influence(risk, f.model, EKFAC())`, is about "
+        "the average of many such runs, and foresees this one no better.",
     )
 
 
