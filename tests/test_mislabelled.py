@@ -89,6 +89,33 @@ def test_the_kernel_is_the_nearness_of_the_inputs_of_the_first_half_of_the_layer
     np.testing.assert_allclose(feature_kernel(risk, model), expected, rtol=1e-10, atol=1e-12)
 
 
+class Words(eqx.Module):
+    """An embedding, read by two linear layers."""
+
+    embed: eqx.nn.Embedding
+    layers: list
+
+    def __init__(self, key):
+        a, b, c = jr.split(key, 3)
+        self.embed = eqx.nn.Embedding(7, 3, key=a)
+        self.layers = [eqx.nn.Linear(3, 5, key=b), eqx.nn.Linear(5, 3, key=c)]
+
+    def __call__(self, ids):
+        first, second = self.layers
+        return second(jnp.tanh(first(jnp.mean(jax.vmap(self.embed)(ids), axis=0))))
+
+
+def test_tokens_are_compared_by_what_their_embeddings_say():
+    rng = np.random.default_rng(0)
+    ids, labels = rng.integers(0, 7, (20, 4)), rng.integers(0, 3, 20)
+    risk, model = ix.EmpiricalRisk((ids, labels), ix.SoftmaxCrossEntropy()), Words(jr.key(0))
+    a = np.asarray(model.embed.weight)[ids].mean(axis=1)
+    a = a - a.mean(axis=0)
+    a = a / np.sqrt((a**2).sum(axis=1).mean())
+    expected = 1 + np.exp(-((a[:, None] - a[None]) ** 2).sum(axis=2))
+    np.testing.assert_allclose(feature_kernel(risk, model), expected, rtol=1e-10, atol=1e-12)
+
+
 @given(seed=SEEDS)
 def test_the_ridge_errs_least_without_each_point(seed):
     X, _, labels = clusters(seed)

@@ -129,19 +129,34 @@ def without_each(
 def feature_kernel(risk: EmpiricalRisk, model: Model) -> Float[Array, "n n"]:
     """1 + the mean of exp(−‖aᵢ − aⱼ‖²) over the first half of the layers, in the order of the program: a
     the layer's input, centred and of mean square 1."""
-    layers = _watched(risk, model).layers
-    depths = sorted((layer.taps[0][0], place) for place, layer in enumerate(layers) if layer.taps)
-    if not depths:
+    places = _places(risk, model)
+    if not places:
         raise ValueError(
             "No layer of the model is linear in a parameter, so there are no features to compare points "
             'by. Where the outputs are affine in the parameters use `evidence="model"`; else restrict '
             "to a part that has such layers, e.g. `influx.restrict(risk, model, lambda m: m.layers)`."
         )
-    first = depths[: -(-len(depths) // 2)]
+    first = places[: -(-len(places) // 2)]
     total = jnp.ones((), risk.weights.dtype)
-    for _, place in first:
+    for place in first:
         total = total + _near(_features(risk, model, place), risk.weights) / len(first)
     return total
+
+
+def _places(risk: EmpiricalRisk, model: Model) -> list[int]:
+    """Those of the linear layers, in the order of the program; look-ups, whose inputs are the same or
+    not but never near, only where there are no others."""
+    watch, one = _watched(risk, model), take(risk.data[0], 0)
+    rows = eqx.filter_eval_shape(lambda x: watch.rows(x, _no_cotangents)[1], one)
+    order = sorted(
+        (layer.taps[0][0], place) for place, layer in enumerate(watch.layers) if layer.taps
+    )
+    places = [place for _, place in order]
+    return [place for place in places if not rows[place].indexed] or places
+
+
+def _no_cotangents(output):
+    return jnp.zeros((1, *output.shape), output.dtype)
 
 
 def _watched(risk: EmpiricalRisk, model: Model) -> Watched:
@@ -154,8 +169,7 @@ def _features(risk: EmpiricalRisk, model: Model, place: int) -> Float[Array, "n 
     watch = _watched(risk, model)
 
     def features(x):
-        nothing = lambda output: jnp.zeros((1, *output.shape), output.dtype)
-        return _flat(watch.layers[place], watch.rows(x, nothing)[1][place])
+        return _flat(watch.layers[place], watch.rows(x, _no_cotangents)[1][place])
 
     inputs = risk.data[0]
     width = jax.eval_shape(features, take(inputs, 0)).size

@@ -74,9 +74,10 @@ def find_mislabelled(
           K = 1 + mean over layers of exp(−‖aᵢ − aⱼ‖²),
 
       a the layer's input, centred and of mean square 1. The layers are the first half of the model's
-      linear ones, in the order of the program (of one, that one): a network has bent its later
-      features towards wrong labels, and its last layer, however well it removes a point, believes them.
-      By P12 this is the part of influence which does not read labels: feature similarity. Removal is
+      linear ones, in the order of the program (of one, that one; look-ups only where there are no
+      others): a network has bent its later features towards wrong labels, and its last layer, however
+      well it removes a point, believes them. By P12 this is the part of influence which does not read
+      labels: feature similarity. Removal is
       exact: (ŷᵢ − hᵢyᵢ)/(1 − hᵢ), h the leverage. The ridge is, of six between Σw/3,000 and Σw/14, the
       one whose predictions without each point err least. The margin γ is ŷ of the given class less the
       largest other. Asked twice: the second time with data weights wᵢ·(1 + γᵢ), within [0, wᵢ].
