@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from ._chunks import Limits, chunked_map
+from ._cost import cost_of
 from ._custom_types import Model
 
 
@@ -24,6 +26,17 @@ def ravel(model: Model):
 def ravel_gradient(tree: PyTree) -> Float[Array, " P"]:
     """A gradient (a model-shaped pytree, `None` where not differentiated) as one vector [P]."""
     return ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
+
+
+def at_once(matvec: Callable[[Array], Array], like: Float[Array, " P"]) -> int:
+    """How many products with a matrix the byte budget holds at a time (at least one)."""
+    alive = cost_of(lambda v, _: matvec(v), like, like).live.query
+    return max(1, int(Limits().bytes // max(1, alive)))
+
+
+def products(matvec: Callable[[Array], Array], rows: Float[Array, "k P"]) -> Float[Array, "k P"]:
+    """A matrix's products with some vectors, as many at a time as the byte budget holds."""
+    return chunked_map(matvec, rows, at_once(matvec, rows[0]))
 
 
 def two_derivatives(fn: Callable[[Array], PyTree], dtype) -> tuple[PyTree, PyTree]:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import influx as ix
 from influx import _influence as influence
 from influx._chunks import even_length
-from influx._engine import cost_of, gradients, layered
+from influx._cost import cost_of
+from influx._engine import gradients, layered
 from influx._influence import _scores
 from tests import helpers
 

@@ -11,10 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._checks import is_concrete
-from .._chunks import chunk_length
 from .._custom_types import Model, Scalar, ScalarLike
 from .._jacobian import AbstractJacobian
-from .._linalg import ravel
+from .._linalg import products, ravel
 from .._risk import EmpiricalRisk
 
 if TYPE_CHECKING:
@@ -269,6 +268,4 @@ def least_penalty(risk: EmpiricalRisk, model: Model, damping: ScalarLike) -> flo
 
 def hvp_matrix(matvec: Callable[[Array], Array], theta: Float[Array, " P"]) -> Float[Array, "P P"]:
     """A symmetric matrix from its products with the unit vectors, a chunk at a time."""
-    P = theta.size
-    eye = jnp.eye(P, dtype=theta.dtype)
-    return jax.lax.map(matvec, eye, batch_size=min(P, chunk_length(64 * P, theta.dtype)))
+    return products(matvec, jnp.eye(theta.size, dtype=theta.dtype))

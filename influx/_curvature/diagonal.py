@@ -1,11 +1,10 @@
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import lineax as lx
 
 from .._checks import is_concrete
-from .._chunks import chunk_length
-from .._linalg import ravel
+from .._chunks import chunked_map
+from .._linalg import at_once, ravel
 from .base import AbstractCurvature, Factored, check_wrapped
 from .ggn import GaussNewton
 
@@ -50,5 +49,4 @@ def _diagonal(curvature, risk, model):
         unit = jnp.zeros_like(theta).at[i].set(1)
         return matvec(unit)[i]
 
-    batch = min(theta.size, chunk_length(64 * theta.size, theta.dtype))
-    return jax.lax.map(entry, jnp.arange(theta.size), batch_size=batch)
+    return chunked_map(entry, jnp.arange(theta.size), at_once(matvec, theta))

@@ -60,7 +60,8 @@ class Fisher(AbstractMatrixCurvature):
 
     def matvec(self, risk, model):
         if self.kind == "exact":
-            return _gauss_newton_matvec(risk, model, lambda o, y: risk.loss.output_fisher(o))
+            fisher = lambda o, _, t: dot(risk.loss.output_fisher(o), t.reshape(-1)).reshape(o.shape)
+            return _gauss_newton_matvec(risk, model, fisher)
 
         def matvec(v):
             def block(args):

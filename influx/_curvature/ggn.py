@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import check_damping
+from .._chunks import chunk_length, chunked_sum
 from .._custom_types import Scalar
 from .._jacobian import output_jacobian, require_array_output
 from .._linalg import ravel
@@ -26,7 +27,9 @@ class GaussNewton(AbstractMatrixCurvature):
     damping: Scalar = eqx.field(default=0.0, converter=check_damping)
 
     def matvec(self, risk, model):
-        return _gauss_newton_matvec(risk, model, risk.loss.output_hessian)
+        return _gauss_newton_matvec(
+            risk, model, lambda o, y, t: _hessian_product(risk.loss, o, y, t)
+        )
 
     def matrix(self, risk, model):
         return gauss_newton_matrix(risk, model)
@@ -44,16 +47,21 @@ class GaussNewton(AbstractMatrixCurvature):
         return woodbury(risk, model, factored, jacobian, self.damping)
 
 
+def _hessian_product(loss: AbstractLoss, output, target, moved):
+    """∇²ℓ · moved in the output, without the matrix."""
+    return jax.jvp(jax.grad(lambda o: loss(o, target)), (output,), (moved,))[1]
+
+
 def _gauss_newton_matvec(risk, model, middle):
-    """v ↦ (1/n) Σ wᵢ Aᵢᵀ Sᵢ Aᵢ v + l2 v, by one forward and one reverse product."""
+    """v ↦ (1/n) Σ wᵢ Aᵢᵀ Sᵢ Aᵢ v + l2 v, by one forward and one reverse product; `middle(output,
+    target, t)` is Sᵢ t."""
     require_array_output(risk, model)
     theta, rebuild = ravel(model)
     outputs = lambda t: jax.vmap(lambda x: risk.output(rebuild(t), x))(risk.data[0])
     out, push = jax.linearize(outputs, theta)
 
     def matvec(v):
-        rows = lambda o, y, t: (middle(o, y) @ t.reshape(-1)).reshape(o.shape)
-        curved = jax.vmap(rows)(out, risk.data[1], push(v))
+        curved = jax.vmap(middle)(out, risk.data[1], push(v))
         weights = (risk.weights / risk.n).reshape(-1, *[1] * (curved.ndim - 1))
         (pulled,) = jax.linear_transpose(push, theta)(weights * curved)
         return pulled + risk.l2_vector(model) * v
@@ -68,6 +76,11 @@ def gauss_newton_matrix(risk, model, middle=None):
 
 @eqx.filter_jit
 def _assemble(risk, model, jacobian, middle):
-    hessians = jax.vmap(lambda z: middle(risk.output(model, z[0]), z[1]))(risk.data)
-    share = (risk.weights / risk.n)[:, None, None]
-    return jacobian.gram(share * hessians) + jnp.diag(risk.l2_vector(model))
+    def block(args):
+        (x, y), share, places = args
+        hessians = jax.vmap(lambda x, y: middle(risk.output(model, x), y))(x, y)
+        return jacobian.take(places).gram(share[:, None, None] * hessians)
+
+    examples = risk.data, risk.weights / risk.n, jnp.arange(risk.n)
+    chunk = chunk_length(4 * jacobian.outputs**2, risk.weights.dtype)
+    return chunked_sum(block, examples, chunk) + jnp.diag(risk.l2_vector(model))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from .._checks import check_whole, is_concrete
-from .._linalg import dot
+from .._linalg import dot, products
 from .base import AbstractCurvature, check_wrapped, least_penalty
 from .subspace import (
     check_finite,
@@ -12,7 +12,6 @@ from .subspace import (
     data_product,
     diagonal_plus_low_rank,
     factor_low_rank,
-    products,
     random_subspace,
 )
 

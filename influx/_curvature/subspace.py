@@ -10,9 +10,8 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import is_concrete
-from .._chunks import chunk_length
 from .._custom_types import Model
-from .._linalg import dot, ravel
+from .._linalg import dot, products, ravel
 from .._risk import EmpiricalRisk
 from .base import AbstractCurvature, AbstractFactored, factor_matrix
 
@@ -161,12 +160,6 @@ def galerkin(curvature: AbstractCurvature, risk, model, basis: Float[Array, "k P
 @eqx.filter_jit
 def _restricted(curvature, risk, model, basis):
     return dot(basis, products(curvature.matvec(risk, model), basis).T)
-
-
-def products(matvec: Callable[[Array], Array], rows: Float[Array, "k P"]) -> Float[Array, "k P"]:
-    """The products with some vectors, a chunk at a time."""
-    k, P = rows.shape
-    return jax.lax.map(matvec, rows, batch_size=min(k, chunk_length(64 * P, rows.dtype)))
 
 
 def data_product(curvature: AbstractCurvature, risk, model) -> Callable[[Array], Array]:

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from .._chunks import map_blocks
-from .._engine import Alternative, Piece, choose, cost_of
+from .._cost import cost_of
+from .._engine import Alternative, Piece, choose
 from .._linalg import ravel
 from .base import AbstractEffect
 from .derivative import Derivative

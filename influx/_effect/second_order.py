@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._chunks import map_blocks
-from .._engine import Alternative, Piece, choose, cost_of
+from .._cost import cost_of
+from .._engine import Alternative, Piece, choose
 from .._linalg import ravel, two_derivatives
 from .base import AbstractEffect
 

@@ -1,5 +1,4 @@
 from .base import AbstractScoring as AbstractScoring
-from .cost import cost_of as cost_of
 from .gradients import ForwardMode as ForwardMode
 from .gradients import PerExample as PerExample
 from .layered import Layered as Layered

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._chunks import Limits, chunked_map, take
+from .._cost import Cost, Parts, cost_of
 from .._gradients import example_gradient, map_gradients
 from .._linalg import dot, ravel
 from .base import AbstractScoring
-from .cost import Cost, Parts, cost_of
 from .schedule import Alternative, Piece
 
 

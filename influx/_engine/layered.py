@@ -11,12 +11,12 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._chunks import Limits, chunked_map, map_blocks, take
+from .._cost import Cost, cost_of
 from .._curvature import EigenBlock, Kronecker
 from .._linalg import einsum
 from .._measurement import Loss
 from .._taps import Layer, Rows, Watched, ruled
 from .base import AbstractScoring
-from .cost import Cost, cost_of
 from .gradients import forward_columns, forward_piece
 from .schedule import Alternative, Piece
 

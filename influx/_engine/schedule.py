@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._chunks import Limits, even_length
-from .cost import BALANCE, Cost, Parts
+from .._cost import BALANCE, Cost, Parts
 
 # More training points at a time than this are no faster: their rows no longer fit a processor's cache.
 MOST_POINTS = 512

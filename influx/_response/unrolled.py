@@ -12,8 +12,9 @@ from jaxtyping import Array, Int, PyTree
 
 from .._checks import is_concrete
 from .._chunks import Limits, even_length
+from .._cost import cost_of
 from .._custom_types import Model
-from .._engine import Alternative, Piece, choose, cost_of
+from .._engine import Alternative, Piece, choose
 from .._linalg import ravel
 from .._risk import EmpiricalRisk
 from .._train import SGD, check_trainer

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int
 
-from .._chunks import chunk_length, chunked_map
-from .._linalg import dot, ravel
+from .._chunks import chunk_length
+from .._linalg import dot, products, ravel
 from .base import (
     AbstractTrainer,
     Trained,
@@ -192,9 +192,6 @@ class Chord(AbstractTrainer):
 
 def hessian(fn, theta: Float[Array, " P"]) -> Float[Array, "P P"]:
     """∇²fn by P forward-over-reverse products, a chunk of columns at a time."""
-    residuals = eqx.filter_eval_shape(lambda t: jax.vjp(fn, t)[1], theta)
     _, product = jax.linearize(jax.grad(fn), theta)
-    items = sum(x.size for x in jax.tree_util.tree_leaves(residuals) if eqx.is_array_like(x))
-    chunk = chunk_length(items, theta.dtype)
-    matrix = chunked_map(product, jnp.eye(theta.size, dtype=theta.dtype), chunk)
+    matrix = products(product, jnp.eye(theta.size, dtype=theta.dtype))
     return 0.5 * (matrix + matrix.T)

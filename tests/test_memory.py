@@ -1,0 +1,72 @@
+"""What a fit or a curvature holds beside its results stays within the byte budget, whatever n is."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+import influx as ix
+from influx._curvature.diagonal import _diagonal
+from influx._curvature.ggn import gauss_newton_matrix
+from influx._curvature.hessian import _hessian_matrix
+from influx._curvature.subspace import _restricted
+from influx._linalg import ravel
+from influx._train.base import flat
+from influx._train.newton import hessian
+
+N, BUDGET = 2000, 4 * 2**20
+
+
+def newton_hessian(risk, model):
+    return hessian(*flat(risk, model, None)[:2])
+
+
+def restricted(risk, model):
+    theta, _ = ravel(model)
+    return _restricted(ix.GaussNewton(), risk, model, jnp.eye(theta.size)[:64])
+
+
+def gauss_newton_product(risk, model):
+    theta, _ = ravel(model)
+    return ix.GaussNewton().matvec(risk, model)(theta)
+
+
+DENSE = {
+    "Newton": newton_hessian,
+    "Hessian": lambda risk, model: _hessian_matrix(ix.Hessian(), risk, model),
+    "Gauss–Newton": gauss_newton_matrix,
+    "diagonal": lambda risk, model: _diagonal(ix.Hessian(), risk, model),
+    "subspace": restricted,
+}
+
+
+def temporaries(fn, risk, model) -> int:
+    compiled = eqx.filter_jit(fn).lower(risk, model).compile().compiled
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def network(outputs: int):
+    model = eqx.nn.MLP(4, outputs, 12, 1, activation=jax.nn.gelu, key=jr.key(0))
+    data = jr.normal(jr.key(1), (N, 4)), jr.randint(jr.key(2), (N,), 0, outputs)
+    return ix.EmpiricalRisk(data, ix.SoftmaxCrossEntropy(), l2=1e-2), model
+
+
+@pytest.mark.parametrize("path", DENSE)
+def test_matrices_are_built_within_the_byte_budget(path, monkeypatch):
+    """All columns at once would take more than four budgets for the hidden layer alone."""
+    monkeypatch.setattr("influx._chunks.BYTE_BUDGET", BUDGET)
+    risk, model = network(3)
+    assert ravel(model)[0].size * 12 * N * 8 > 4 * BUDGET
+    assert temporaries(DENSE[path], risk, model) < 2 * BUDGET
+
+
+def test_a_gauss_newton_product_forms_no_output_hessian():
+    risk, model = network(60)
+    assert temporaries(gauss_newton_product, risk, model) < N * 60**2 * 8 / 4
+
+
+def test_a_gauss_newton_matrix_forms_its_output_hessians_a_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr("influx._chunks.BYTE_BUDGET", BUDGET)
+    risk, model = network(60)
+    assert temporaries(gauss_newton_matrix, risk, model) < N * 60**2 * 8 / 2
