@@ -1,7 +1,7 @@
 """Enclosures of what retraining would give, without retraining (theory: P11)."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._checks import check_whole, require_concrete
+from ._checks import check_flag, check_whole, require_concrete
 from ._chunks import map_blocks, take
 from ._gradients import risk_gradient
 from ._influence import Influence
@@ -51,7 +51,7 @@ def certify(
     queries: PyTree[Array] | None = None,
     *,
     indices: Int[Array, " k"] | None = None,
-    tier: Literal[1, 2] = 1,
+    tier: int = 1,
     mean: bool = False,
     refine: int = 0,
     renormalise: bool = False,
@@ -99,6 +99,9 @@ def certify(
     **Source:** the strong-convexity bound is classical; for certified removal see Guo, Goldstein,
     Hannun & van der Maaten, arXiv:1911.03030. Tiers and constants are this project's (P11).
     """
+    refine = check_whole("refine", refine, least=0, hint=" It counts chord steps.")
+    mean, renormalise = check_flag("mean", mean), check_flag("renormalise", renormalise)
+    tier = check_whole("tier", tier, most=2)
     _check(f, tier, refine, renormalise)
     indices = _checked_indices(f, indices)
     if queries is None:
@@ -122,9 +125,6 @@ def certify(
 
 
 def _check(f: Influence, tier: int, refine: int, renormalise: bool) -> None:
-    if tier not in (1, 2):
-        raise ValueError(f"`tier` must be 1 or 2, got {tier!r}.")
-    check_whole("refine", refine, least=0, hint=" It counts chord steps.")
     if tier == 2 and refine > 0:
         raise ValueError(
             f"Each of `refine`'s chord steps evaluates a gradient, which tier 2 never does; got "

@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from ._custom_types import Scalar, ScalarLike
 
@@ -38,15 +38,32 @@ def check_whole(
     return int(value)
 
 
-def check_chunk(chunk_size: int | None) -> None:
-    if chunk_size is not None:
-        check_whole("chunk_size", chunk_size, hint=" None chooses one.")
+def check_chunk(chunk_size: int | None) -> int | None:
+    if chunk_size is None:
+        return None
+    return check_whole("chunk_size", chunk_size, hint=" None chooses one.")
 
 
-def check_memory(memory: int | None) -> None:
-    if memory is not None:
-        hint = " It counts bytes: for one gigabyte write memory=10**9. None is 256 MiB."
-        check_whole("memory", memory, hint=hint)
+def check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def check_key(name: str, key: Any) -> PRNGKeyArray:
+    """A random key: typed, or of the old kind, two numbers of uint32."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and (dtype != np.uint32 or np.shape(key) != (2,)):
+        raise ValueError(f"`{name}` must be a random key such as jax.random.key(0), got {key!r}.")
+    return key
+
+
+def check_memory(memory: int | None) -> int | None:
+    if memory is None:
+        return None
+    hint = " It counts bytes: for one gigabyte write memory=10**9. None is 256 MiB."
+    return check_whole("memory", memory, hint=hint)
 
 
 def check_damping(damping: ScalarLike) -> Scalar:

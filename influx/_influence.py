@@ -106,9 +106,7 @@ def influence(
     **Source:** Koh & Liang, "Understanding Black-box Predictions via Influence Functions",
     arXiv:1703.04730 (their I_up,loss); Kounavis, Dia & Ramazanli, arXiv:2305.16094.
     """
-    check_chunk(chunk_size)
-    check_memory(memory)
-    limits = Limits(chunk_size, memory)
+    limits = Limits(check_chunk(chunk_size), check_memory(memory))
     if isinstance(curvature, Unrolled):
         validate(risk, model)
         response = TrainingRun(risk, model, curvature.trainer, limits=limits)

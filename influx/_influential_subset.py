@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._checks import check_whole
+from ._checks import check_flag, check_whole
 from ._chunks import chunked_map
 from ._effect import change_along
 from ._gradients import risk_gradient
@@ -81,13 +81,13 @@ def most_influential_subset(
     Challenges, Promises, and Beyond", arXiv:2409.18153 (adaptive greedy, by retraining); Basu, You &
     Feizi, arXiv:1911.00418 (the quadratic).
     """
-    _check(f, size, extreme, candidates)
+    _check(f, size, extreme, mean, candidates)
     f.measurement.check(f.risk, f.model, queries)
     shortlist = min(int(candidates), f.risk.n)
-    return _search(f, queries, int(size), 1 if extreme == "highest" else -1, mean, shortlist)
+    return _search(f, queries, int(size), 1 if extreme == "highest" else -1, bool(mean), shortlist)
 
 
-def _check(f: Influence, size, extreme, candidates) -> None:
+def _check(f: Influence, size, extreme, mean, candidates) -> None:
     n = f.risk.n
     if f.masks is not None:
         raise ValueError(
@@ -99,6 +99,7 @@ def _check(f: Influence, size, extreme, candidates) -> None:
             "Relative influences of points have different units, and a group has none of its own: use "
             "an `f` without `relative`."
         )
+    check_flag("mean", mean)
     check_whole("size", size, most=n, hint=f" There are {n} training points.")
     check_whole("candidates", candidates, hint=f" {n} try all points.")
     if extreme not in ("highest", "lowest"):

@@ -97,12 +97,6 @@ def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[Empirical
         )
     if len(set(chosen)) < len(chosen):
         raise ValueError("`where` selects a parameter twice. Name each layer or array once.")
-    small = EmpiricalRisk(
-        risk.data,
-        risk.loss,
-        l2=small_l2,
-        weights=risk.weights,
-        predict=risk.predict,
-        whole=Whole(model, places, risk.whole),
-    )
-    return small, part
+    # Data, loss and weights are as they were, and were looked at when the risk was made.
+    whole = Whole(model, places, risk.whole)
+    return eqx.tree_at(lambda r: (r.l2, r.whole), risk, (small_l2, whole)), part

@@ -47,7 +47,7 @@ def top_k(f: Influence, queries: PyTree[Array], k: int, *, chunk_size: int | Non
             "to rank the groups."
         )
     k = check_whole("k", k, most=f.risk.n, hint=f" k={f.risk.n} sorts all training points.")
-    check_chunk(chunk_size)
+    chunk_size = check_chunk(chunk_size)
     f.measurement.check(f.risk, f.model, queries)
     return _top_k(f, queries, k, chunk_size)
 

@@ -867,7 +867,7 @@ VERBS = {
         "SquaredError is no classifier",
         "measure",
     ),
-    "tier": (lambda w: ix.certify(w.f, tier=3), "got 3", "1 or 2"),
+    "tier": (lambda w: ix.certify(w.f, tier=3), "got 3", "whole number, in 1…2"),
     "refine": (lambda w: ix.certify(w.f, tier=2, refine=1), "refine=1 at tier=2", "Use tier=1"),
     "renormalise": (
         lambda w: ix.certify(w.f, tier=2, renormalise=True),
@@ -1199,3 +1199,18 @@ def test_neighbours_of_bad_input_pass():
     boolean = risk((X, y > 0), ix.BinaryCrossEntropy())
     integer = risk((X, (y > 0).astype(int)), ix.BinaryCrossEntropy())
     np.testing.assert_array_equal(boolean.losses(scalar_model()), integer.losses(scalar_model()))
+
+
+def test_whole_numbers_and_flags_of_numpy_pass():
+    f, two = world().f, np.int64(2)
+    want = ix.top_k(f, (Xq, yq), 2)
+    found = ix.top_k(f, (Xq, yq), two, chunk_size=two)
+    np.testing.assert_array_equal(found.highest.values, want.highest.values)
+    g = ix.influence(f.risk, f.model, chunk_size=two, memory=np.int64(10**8))
+    np.testing.assert_allclose(g((Xq, yq)), f((Xq, yq)), rtol=1e-12)
+    left = ix.leave_one_out(f.risk, f.model, ix.Newton(), indices=[0, 1, 2], chunk_size=two)
+    assert jtu.tree_leaves(left)[0].shape[0] == 3
+    proven = ix.certify(f, (Xq, yq), mean=np.bool_(True), tier=np.int64(1), refine=np.int64(1))
+    assert proven.lower.shape == (N,)
+    subset = ix.most_influential_subset(f, (Xq, yq), size=two, mean=np.bool_(False))
+    assert subset.indices.shape == (len(yq), 2)

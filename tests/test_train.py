@@ -271,6 +271,9 @@ def test_a_fit_that_did_not_converge_is_an_error(trainer, words):
     [
         (lambda: Newton(0.0), "must be positive, got 0.0"),
         (lambda: LBFGS(-1.0), "must be positive, got -1.0"),
+        (lambda: SGD(0.1, batch_size=1, epochs=1, key=jr.key(0)), "optax.sgd"),
+        (lambda: SGD(optax.sgd(0.1), batch_size=1, epochs=1, key=0), "random key"),
+        (lambda: Newton(solver="cg"), "solver of lineax"),
         (lambda: Newton(max_steps=0), "at least 1, got 0"),
         (lambda: SGD(optax.sgd(0.1), batch_size=0, epochs=1, key=jr.key(0)), "at least 1, got 0"),
         (lambda: SGD(optax.sgd(0.1), batch_size=2, epochs=1.5, key=jr.key(0)), "got 1.5"),

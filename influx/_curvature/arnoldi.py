@@ -12,11 +12,11 @@ from .._linalg import dot, ravel
 from .base import AbstractCurvature, check_wrapped
 from .subspace import (
     check_fits,
-    check_key,
     data_product,
     diagonal_plus_low_rank,
     factor_low_rank,
     galerkin,
+    required_key,
 )
 
 # Multiples of the machine epsilon, of the norm, that a product may err by.
@@ -80,7 +80,7 @@ class Arnoldi(AbstractCurvature):
         complement: bool = True,
     ):
         self.curvature = check_wrapped(curvature)
-        self.rank, self.key = check_whole("rank", rank), check_key("Arnoldi", key)
+        self.rank, self.key = check_whole("rank", rank), required_key("Arnoldi", key)
         self.steps = None if steps is None else check_whole("steps", steps)
         if steps is not None and steps < rank:
             raise ValueError(

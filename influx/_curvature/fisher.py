@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from .._checks import check_damping, check_whole
+from .._checks import check_damping, check_key, check_whole
 from .._chunks import chunk_length, chunked_sum
 from .._custom_types import Scalar, ScalarLike
 from .._gradients import example_gradient
@@ -53,10 +53,9 @@ class Fisher(AbstractMatrixCurvature):
             )
         if kind == "sampled" and key is None:
             raise ValueError('Fisher("sampled") draws labels: give it `key=jax.random.key(0)`.')
-        if key is not None and not hasattr(key, "dtype"):
-            raise ValueError(f"`key` must be a random key such as jax.random.key(0), got {key!r}.")
         self.kind, self.damping = kind, check_damping(damping)
-        self.key, self.draws = key, check_whole("draws", draws)
+        self.key = None if key is None else check_key("key", key)
+        self.draws = check_whole("draws", draws)
 
     def matvec(self, risk, model):
         if self.kind == "exact":

@@ -8,11 +8,11 @@ from .base import AbstractCurvature, check_wrapped, least_penalty
 from .subspace import (
     check_finite,
     check_fits,
-    check_key,
     data_product,
     diagonal_plus_low_rank,
     factor_low_rank,
     random_subspace,
+    required_key,
 )
 
 _SHIFT = 10
@@ -52,7 +52,7 @@ class Nystrom(AbstractCurvature):
 
     def __init__(self, curvature: AbstractCurvature, rank: int, *, key: PRNGKeyArray | None = None):
         self.curvature = check_wrapped(curvature)
-        self.rank, self.key = check_whole("rank", rank), check_key("Nystrom", key)
+        self.rank, self.key = check_whole("rank", rank), required_key("Nystrom", key)
 
     @property
     def damping(self):

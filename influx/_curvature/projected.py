@@ -3,7 +3,7 @@ from jaxtyping import PRNGKeyArray
 
 from .._checks import check_whole
 from .base import AbstractCurvature, check_wrapped
-from .subspace import check_fits, check_key, galerkin, random_subspace
+from .subspace import check_fits, galerkin, random_subspace, required_key
 
 
 class Projected(AbstractCurvature):
@@ -48,7 +48,7 @@ class Projected(AbstractCurvature):
 
     def __init__(self, curvature: AbstractCurvature, dim: int, *, key: PRNGKeyArray | None = None):
         self.curvature = check_wrapped(curvature)
-        self.dim, self.key = check_whole("dim", dim), check_key("Projected", key)
+        self.dim, self.key = check_whole("dim", dim), required_key("Projected", key)
 
     @property
     def damping(self):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import is_concrete
+from .._checks import check_key, is_concrete
 from .._custom_types import Model
 from .._linalg import dot, products, ravel
 from .._risk import EmpiricalRisk
@@ -185,12 +185,10 @@ def check_fits(name: str, count: int, model: Model) -> None:
         )
 
 
-def check_key(owner: str, key: Any) -> PRNGKeyArray:
+def required_key(owner: str, key: Any) -> PRNGKeyArray:
     if key is None:
         raise ValueError(f"{owner} draws random directions: give it `key=jax.random.key(0)`.")
-    if not hasattr(key, "dtype"):
-        raise ValueError(f"`key` must be a random key such as jax.random.key(0), got {key!r}.")
-    return key
+    return check_key("key", key)
 
 
 def check_finite(values: Array) -> None:

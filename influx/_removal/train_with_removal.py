@@ -236,7 +236,7 @@ def _train(run: _Run, model0: Model, budget: float, warmup: int, every: int) -> 
         order, steps = run.batches(epoch, active)
         if steps == 0 or spent + cost + steps * size > budget * plain:
             break
-        state = _epoch(run.trainer, run.risk, static, state, order, steps)
+        state = _epoch(run.trainer, run.risk, static, state, order, jnp.asarray(steps))
         spent += cost + steps * size
         p = _probabilities(run.risk, eqx.combine(state[0], static), run.deciding)
         if not bool(jnp.all(jnp.isfinite(p))):

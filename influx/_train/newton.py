@@ -63,6 +63,13 @@ class Newton(AbstractTrainer):
     max_steps: int = eqx.field(default=200, converter=count("max_steps"), static=True)
     solver: lx.AbstractLinearSolver | None = None
 
+    def __check_init__(self):
+        if self.solver is not None and not isinstance(self.solver, lx.AbstractLinearSolver):
+            raise ValueError(
+                "`solver` must be a solver of lineax such as lineax.CG(rtol=1e-8, atol=1e-12), or None "
+                f"for a Cholesky factor; got {self.solver!r}."
+            )
+
     def init(self, objective, model, weights):
         return None
 

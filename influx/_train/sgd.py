@@ -1,5 +1,6 @@
 """Mini-batch training by any optax optimiser."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from .._checks import check_key
 from .._chunks import take
 from .._linalg import ravel
 from .base import AbstractTrainer, Trained, count, flat, gradient_items, norm
@@ -43,7 +45,14 @@ class SGD(AbstractTrainer):
     optimiser: optax.GradientTransformation
     batch_size: int = eqx.field(converter=count("batch_size"), static=True, kw_only=True)
     epochs: int = eqx.field(converter=count("epochs"), static=True, kw_only=True)
-    key: PRNGKeyArray = eqx.field(kw_only=True)
+    key: PRNGKeyArray = eqx.field(converter=functools.partial(check_key, "key"), kw_only=True)
+
+    def __check_init__(self):
+        if not isinstance(self.optimiser, optax.GradientTransformation):
+            raise ValueError(
+                "`optimiser` must be an optax gradient transformation such as optax.sgd(0.1), got "
+                f"{self.optimiser!r}."
+            )
 
     def init(self, objective, model, weights):
         return None

@@ -62,7 +62,7 @@ def lds(
     **Source:** Park, Georgiev, Ilyas, Leclerc & Madry, "TRAK: Attributing Model Behavior at Scale",
     arXiv:2303.14186; the crossed standard error: Owen, "The pigeonhole bootstrap", arXiv:0712.1111.
     """
-    check_chunk(chunk_size)
+    chunk_size = check_chunk(chunk_size)
     scores, masks, outcomes = _checked(scores, masks, outcomes)
     predicted = dot(scores, masks.T)
     actual = outcomes.T

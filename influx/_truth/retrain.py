@@ -62,6 +62,7 @@ def retrain(
     own by default.
     """
     check_settings(trainer, outcome, chunk_size)
+    chunk_size = check_chunk(chunk_size)
     outcome = parameters if outcome is None else outcome
     outcomes, pending = None, np.arange(leading_length(lanes))
     trained = None
@@ -99,12 +100,7 @@ def _program(trainer, risk, model, weigh, lanes, typical, outcome, chunk):
         retrained, trained = trainer.train(state, risk, model, weights)
         return outcome(risk.whole(retrained)), trained
 
-    # Blocks of one size: a shorter last block would be compiled a second time.
-    k = leading_length(lanes)
-    blocks = -(-k // chunk)
-    size = -(-k // blocks)
-    padded = take(lanes, np.minimum(np.arange(blocks * size), k - 1))
-    return jtu.tree_map(lambda x: jnp.asarray(x)[:k], chunked_map(one, padded, size))
+    return jtu.tree_map(jnp.asarray, chunked_map(one, lanes, chunk))
 
 
 def check_settings(trainer, outcome, chunk_size: int | None) -> None:

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_whole, require_concrete
+from .._checks import check_key, check_whole, require_concrete
 from .._chunks import take
 from .._custom_types import Example, Model
 from .._linalg import einsum
@@ -205,6 +205,7 @@ def _chosen(n: int, masks, key, share, trials):
             "Subsets are drawn at random: pass `key=jax.random.key(0)`, or subsets of your own as "
             "`masks`."
         )
+    check_key("key", key)
     share, trials = SHARE if share is None else share, TRIALS if trials is None else trials
     check_whole("trials", trials, least=4, hint=" It counts subsets.")
     size = round(float(share) * n) if isinstance(share, float) and 0 < share < 1 else 0
