@@ -37,8 +37,9 @@ class Unrolled(eqx.Module):
     is the implicit response (P14). Momentum, Adam, schedules, weight decay, clipping: whatever optax
     optimiser, as long as its update is differentiable where the run passes.
 
-    A derivative is taken at the risk's own weights. To foresee models without a large share ρ of the
-    points, take it where they are on average: `risk.with_weights(np.full(n, 1 - ρ))`.
+    A derivative is taken at the risk's own weights. To foresee models from which a large share ρ of the
+    points is erased, take it where they are on average: `risk.with_weights(np.full(n, 1 - ρ))`; models
+    whose other points weigh 1/(1 − ρ), the mean over those that are left, are on average at weights 1.
 
     It is worth what the derivative is worth: a run may be so rough in its data weights that a tangent
     says nothing of removing a point. `diagnose` measures that (*metasmoothness*).
