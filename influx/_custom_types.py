@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 Model = PyTree[Any]
 """Any Equinox model: its inexact array leaves are parameters, every other leaf is a constant."""
@@ -27,5 +27,3 @@ ScalarLike = float | Scalar
 
 Where = Callable[[Any], Any]
 """Selects part of a model, as in `equinox.tree_at`."""
-
-Indices = Int[Array, " k"]

@@ -23,11 +23,6 @@ def ravel(model: Model):
     return theta, lambda vector: eqx.combine(unravel(vector), static)
 
 
-def ravel_gradient(tree: PyTree) -> Float[Array, " P"]:
-    """A gradient (a model-shaped pytree, `None` where not differentiated) as one vector [P]."""
-    return ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
-
-
 def at_once(matvec: Callable[[Array], Array], like: Float[Array, " P"]) -> int:
     """How many products with a matrix the byte budget holds at a time (at least one)."""
     alive = cost_of(lambda v, _: matvec(v), like, like).live.query

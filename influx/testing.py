@@ -12,7 +12,7 @@ from ._curvature import AbstractCurvature, Hessian
 from ._custom_types import Model
 from ._gradients import example_gradient, risk_gradient
 from ._influence import Influence, influence
-from ._linalg import dot, ravel, ravel_gradient
+from ._linalg import dot, ravel
 from ._risk import EmpiricalRisk
 from ._train.base import AbstractTrainer
 from ._train.newton import Newton
@@ -258,7 +258,7 @@ def _influence_laws(f: Influence, indices) -> list[Law]:
         bound = queries[:, None] * size[None, :]
         excess = jnp.max(jnp.abs(scores) / bound) - 1
     gradients = jax.vmap(lambda z: example_gradient(f.risk, f.model, z))(data)
-    penalty = ravel_gradient(jax.grad(lambda t: f.risk.regulariser(rebuild(t)))(theta))
+    penalty = jax.grad(lambda t: f.risk.regulariser(rebuild(t)))(theta)
     total = f.risk.n * (penalty - risk_gradient(f.risk, f.model))
     sums = jax.vmap(lambda x: jnp.vdot(x, total))(f.response.solve(gradients))
     spread = jnp.sum(jnp.abs(scores) * f.risk.weights[None, :], axis=1)

@@ -9,14 +9,14 @@ from .kronecker import EigenBlock
 
 
 def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: float) -> EigenBlock:
-    r"""The block with the fewest coordinates `kept` of its eigenbasis that scores need.
+    r"""The block with only those coordinates `kept` of its eigenbasis that scores need.
 
     A score is Σ_c ĝ_ic ĝ_jc R_c over coordinates c, with R = 1/(values + λ). If these are
     uncorrelated its mean square is Σ_c Λ_c² R_c², Λ = values − penalties the mean squares of ĝ_c.
     Where damping or penalty outweighs Λ_c a coordinate hardly counts. Those that count least are left
     out: their share is the squared relative root mean square error of scores, kept below `tolerance`².
-    A gradient need not be an outer product: W may be shared between places. A half, a quarter, an eighth
-    … of all are kept, so that a refit seldom means another program.
+    A gradient need not be an outer product: W may be shared between places. Their number is rounded up
+    to a half, a quarter, an eighth … of all, so that a refit seldom means another program.
     """
     curved = np.maximum(np.asarray(block.values - penalties, np.float64), 0)
     weights = np.square(curved * np.asarray(block.inverse, np.float64)).ravel()

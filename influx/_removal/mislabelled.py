@@ -78,7 +78,7 @@ def find_mislabelled(
       others): a network has bent its later features towards wrong labels, and its last layer, however
       well it removes a point, believes them. By P12 this is the part of influence which does not read
       labels: feature similarity. Removal is
-      exact: (ŷᵢ − hᵢyᵢ)/(1 − hᵢ), h the leverage. The ridge is, of six between Σw/3,000 and Σw/14, the
+      exact: (ŷᵢ − hᵢyᵢ)/(1 − hᵢ), h the leverage. The ridge is, of six between Σw/3,300 and Σw/14, the
       one whose predictions without each point err least. The margin γ is ŷ of the given class less the
       largest other. Asked twice: the second time with data weights wᵢ·(1 + γᵢ), within [0, wᵢ].
     - `"model"`, for outputs affine in the parameters: the model's own margins without the point,

@@ -77,8 +77,9 @@ class Implicit(AbstractResponse):
         if self.newton is None:
             raise ValueError(
                 f"{type(self.curvature).__name__} does not say what one point adds to the "
-                "curvature, so a Newton step without that point is undefined. Use Hessian() or GaussNewton(), "
-                'or the first order: `removal(f, "first-order")`, `memorization(f, "first-order")`.'
+                "curvature, so a Newton step without that point is undefined. Use Hessian() or "
+                'GaussNewton(), or the first order: `removal(f, "first-order")`, `memorization(f, '
+                '"first-order")`.'
             )
 
     def newton_steps(self, indices):

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -112,10 +111,6 @@ def minimising_remedies(tolerance: float, max_steps: int) -> str:
         "network with ReLU has kinks at which no gradient vanishes: use a smooth activation such as "
         "jax.nn.gelu, or judge it by `influx.pbrf`."
     )
-
-
-def norm(v: Float[Array, " P"]) -> Float[Array, ""]:
-    return jnp.linalg.norm(v)
 
 
 def check_trainer(trainer) -> None:

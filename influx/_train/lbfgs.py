@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
+from jax.numpy.linalg import norm
 from jaxtyping import Array, Bool
 
 from .._linalg import ravel
@@ -17,7 +18,6 @@ from .base import (
     flat,
     gradient_items,
     minimising_remedies,
-    norm,
 )
 
 

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from jax.numpy.linalg import norm
 from jaxtyping import Array, Bool, Float, Int
 
 from .._chunks import chunk_length
@@ -18,7 +19,6 @@ from .base import (
     flat,
     gradient_items,
     minimising_remedies,
-    norm,
 )
 
 # The least Levenberg shift, relative to ‖∇J‖ and to the curvature along ∇J: too small to spoil

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.numpy.linalg import norm
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_key
 from .._chunks import take
 from .._linalg import ravel
-from .base import AbstractTrainer, Trained, count, flat, gradient_items, norm
+from .base import AbstractTrainer, Trained, count, flat, gradient_items
 
 
 class SGD(AbstractTrainer):
