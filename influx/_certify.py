@@ -361,7 +361,8 @@ def _value_rounding(value, steepness, smoothness, output, norm, theta) -> Array:
     ‖output‖ + ‖A‖‖θ‖."""
     unit = jnp.finfo(value.dtype).eps / 2
     shift = unit * theta.size * (2 * norm * jnp.linalg.norm(theta) + jnp.linalg.norm(output))
-    return 64 * unit * (jnp.abs(value) + 1) + steepness * shift + smoothness * shift**2
+    few = 64 + output.size  # a sum over K outputs, and what is done to it
+    return few * unit * (jnp.abs(value) + 1) + steepness * shift + smoothness * shift**2
 
 
 def _mean_ball(f: Influence, step, queries, norms) -> _Ball:

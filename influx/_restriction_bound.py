@@ -48,7 +48,7 @@ def restriction_bound(
 
         I = −(x̃_mᵀg + ∇mᵀx̃_g − x̃_mᵀHx̃_g) − ρ_mᵀH⁻¹ρ_g,   |ρ_mᵀH⁻¹ρ_g| ≤ √(ρ_mᵀH⁻¹ρ_m · ρ_gᵀH⁻¹ρ_g).
 
-    x̃ starts at the restricted solution (0, H_ψψ⁻¹v_ψ), for which the bracket is I_ψ, and takes `steps`
+    x̃ starts at the restricted solution (0, H_ψψ⁻¹v_ψ), for which the bracket is −I_ψ, and takes `steps`
     Krylov steps from its residual; Gauss–Radau quadrature bounds what is left from above, given a
     number below the spectrum: min l2 + λ for a positive semi-definite curvature, 1 + λ for
     `Identity`. Guaranteed in exact arithmetic; the quadrature adds a rounding term.

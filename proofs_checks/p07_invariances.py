@@ -152,15 +152,18 @@ def chart(problem: Problem, bent: bool):
     return mix, bend, phi
 
 
-def reparametrised(problem: Problem, bent: bool, curvature=ix.Hessian) -> ix.Influence:
-    """(b): the same problem in θ, or in φ."""
+def reparametrised(
+    problem: Problem, bent: bool, curvature=ix.Hessian, *, carried: bool = True
+) -> ix.Influence:
+    """(b): the same problem in θ, or in φ; Ω is that of θ, or of φ itself unless `carried`."""
     mix, bend, phi = chart(problem, bent)
     blank = lambda a: np.concatenate([a, 0 * a[:1]])
     is_penalty = np.arange(problem.n + 1) == problem.n
     risk = ix.EmpiricalRisk(
         (blank(problem.X), (blank(problem.y), is_penalty)),
         ix.CustomLoss(OrPenalty(library.loss_of(problem), problem.family.sizes[-1])),
-        weights=jnp.asarray(np.append(problem.w, problem.n)),
+        l2=0.0 if carried else library.l2_of(problem),
+        weights=jnp.asarray(np.append(problem.w, problem.n if carried else 0)),
         predict=Bent(jnp.asarray(mix), jnp.asarray(bend), jnp.asarray(np.sqrt(problem.penalty))),
     )
     return ix.influence(risk, library.model_at(problem.family, phi), curvature())
@@ -292,9 +295,8 @@ def powers(**changed) -> Subject:
 
 
 def chart_without_penalty(problem, bent, curvature=ix.Hessian):
-    """Ω left as ½‖φ‖² instead of being carried along: approximated by bending θ̂'s l2 away."""
-    changed = replace(problem, l2=problem.l2 * (1.3 if bent else 1.0))
-    return reparametrised(changed, bent, curvature)
+    """Ω of φ, ½ Σ l2 φ², in place of Ω∘T."""
+    return reparametrised(problem, bent, curvature, carried=False)
 
 
 def scaled_but(**kept) -> Callable:

@@ -1,5 +1,5 @@
-"""P10. One Newton step without a point predicts its removal to second order, exactly if J is
-quadratic.
+"""P10. One Newton step without a point has its leverage exactly, and is exact if J is quadratic; its
+error is O(1/n²) like first order's, of which it leaves out the part due to ∇²J.
 
 STATEMENT
     Let J₋ᵢ = J − (wᵢ/n)ℓᵢ and H₋ᵢ = ∇²J₋ᵢ(θ̂) = H − (wᵢ/n)∇²ℓᵢ ≻ 0, and Δθᵢ = −H₋ᵢ⁻¹∇J₋ᵢ(θ̂).
@@ -123,7 +123,8 @@ def leverage(problem, subject) -> dict[str, float]:
 
 
 def retraining(problem, subject) -> dict[str, float]:
-    """Against own retraining of convex problems: exact, or within (c) and nearer than first order."""
+    """Against own retraining of convex problems: exact, or within (c), and nearer than first order: what
+    is seen of these families, not what (a)–(d) prove."""
     theta, n = problem.theta, problem.n
     steps = subject.linear(problem, np.eye(theta.size)).T
     truth = np.array(

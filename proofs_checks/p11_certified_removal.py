@@ -18,6 +18,8 @@ STATEMENT
         certified where the enclosures of γᵢ(θ̂) and γᵢ(θ̂₋ᵢ) decide it.
     (f) (b) and (c) hold for smoothed labels as they are; times the largest class weight; for several
         yes/no outputs at once; and for a loss summed over T positions, ‖∇CE‖ ≤ √(2T) J.
+    (g) Renormalised removal, the weights of the others grown by a factor s ≥ 1: J₋ᵢ(·, sw) is min
+        l2-strongly convex as well, so that (a) encloses its minimiser. (d) and (e) are about erasing.
 
 ASSUMPTIONS
     As stated; θ̂, θ̂₋ᵢ are exact minimisers of J, J₋ᵢ. ℓ convex in z (cross-entropy is). The
@@ -62,7 +64,8 @@ PROOF
         of both, largest at corners). A class weight multiplies the loss. Positions, and yes/no outputs,
         have separate logits: second and third derivatives are block-diagonal, so that their largest
         block bounds them (|Σ_t D³ₜ[uₜ, uₜ, vₜ]| ≤ t Σ‖uₜ‖²‖vₜ‖ ≤ t‖u‖²‖v‖), and squares of gradients
-        add up. ∎
+        add up.
+    (g) J₋ᵢ(·, sw) is a sum of nonnegative multiples of convex functions, and Ω. ∎
 
 CHECK
     (a) for drawn θ̃, also along the direction where (a) is an equality (softmax: the same vector
@@ -71,7 +74,7 @@ CHECK
     it, contains own retraining: margins at tiers 1 and 2, changes of margin and probabilities at
     tier 1, of loss and mean loss at tier 2; certified labels and signs are the true ones. (b), (c):
     the library's constants at random and extreme logits, against hand-written derivatives; those of
-    (f), and refined steps, in the project's tests.
+    (f), (g), and refined steps, in the project's tests.
 
 SOURCE
     Strong convexity: Y. Nesterov, "Introductory lectures on convex optimization" (2004). C. Guo,

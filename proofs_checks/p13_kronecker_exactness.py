@@ -20,6 +20,10 @@ STATEMENT
         and less than half of them do not (a half, a quarter, an eighth … of all are kept, or all). If
         the coordinates of two gradients v, v' are uncorrelated, of mean squares Λ_c and independent of
         one another, it is the mean square of the error of vᵀRv' over that of vᵀRv'.
+    (g) Uncorrelated in fourth order: where no place is shared and every entry of aaᵀ is uncorrelated,
+        over the weighted data, with every entry of Σ_r g_r g_rᵀ, G⊗A = F.
+    (h) The Gauss–Newton matrix is the Hessian where outputs are affine in the parameters, and where the
+        loss's gradient at every output is 0.
 
 ASSUMPTIONS
     The same Fisher in F and in the factors. (d), (e), (f) need nothing else, but what they state.
@@ -42,7 +46,10 @@ PROOF
     (e) Eckart–Young–Mirsky for the weighted matrix; the rank is the least whose tail is small enough.
     (f) E (Σ_c R_c v_c v'_c)² = Σ_cd R_c R_d E[v_c v_d] E[v'_c v'_d] = Σ_c R_c² Λ_c², for any part of the
         sum. Of all sets of as many coordinates the one with the largest terms leaves out the least.
-        ∎
+    (g) With the mean E over data of weights w/Σw, F = (Σw/n) E[Σ_r g_r g_rᵀ ⊗ aaᵀ], which is then
+        (Σw/n) E[Σ_r g_r g_rᵀ] ⊗ E[aaᵀ] = G⊗A.
+    (h) ∇²ℓᵢ = AᵢᵀSᵢAᵢ + Σ_k rᵢₖ ∇²outputᵢₖ, A the outputs' Jacobian, r and S the loss's gradient and
+        Hessian in them: the last sum has a factor 0 in every term. ∎
 
 CHECK
     The library's operators as dense matrices, against F from Jacobians in NumPy. (a)–(c) to rounding,
@@ -62,6 +69,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import scipy.linalg as sl
 
 import influx as ix
 from influx._curvature.truncated import truncated
@@ -69,8 +77,9 @@ from influx._curvature.truncated import truncated
 from . import _kronecker as kronecker
 from . import _library as library
 from . import _mutants as mutants
+from . import _oracle as oracle
 from ._errors import above, apart, gap
-from ._problems import BINARY, NETWORK, SOFTMAX, SQUARED_NETWORK, problems
+from ._problems import BINARY, NETWORK, SOFTMAX, SQUARED_NETWORK, draw, problems
 from ._registry import Proposition, register
 
 LAMBDA, TOLERANCE, COARSE = 0.02, 0.1, 0.3
@@ -80,14 +89,19 @@ def library_curvature(risk, model, name: str, **settings):
     return {"kfac": ix.KFAC, "ekfac": ix.EKFAC}[name](**settings).factor(risk, model)
 
 
+def library_gauss_newton(problem, curvature=ix.GaussNewton) -> np.ndarray:
+    return np.asarray(library.handle(problem, curvature).response.factored.matrix)
+
+
 @dataclass(frozen=True)
 class Subject:
     """`factor(risk, model, name, **settings)` answers the factored curvature, `truncate(block,
-    penalties, tolerance)` a block with the coordinates it keeps."""
+    penalties, tolerance)` a block with the coordinates it keeps, `gauss_newton(problem)` H + λI."""
 
     factor: Callable
     seen: Callable = lambda problem: problem
     truncate: Callable = truncated
+    gauss_newton: Callable = library_gauss_newton
 
 
 SUBJECT = Subject(library_curvature)
@@ -105,6 +119,8 @@ def check(problem, subject) -> dict[str, float]:
         **against_numpy(problem, subject),
         **linear_network(problem, subject),
         **sharing(problem, subject),
+        **uncorrelated(problem, subject),
+        **gauss_newton(problem, subject),
         **terms(problem, subject),
         **coordinates(problem, subject),
     }
@@ -157,6 +173,26 @@ def against_numpy(problem, subject) -> dict[str, float]:
         "trace": gap(np.trace(got["ekfac"]), np.trace(F)),
         "trace of l2": gap(np.trace(uneven - damped), np.trace(fisher(problem))),
     }
+
+
+def gauss_newton(problem, subject) -> dict[str, float]:
+    """(h): a softmax of affine logits, and a network that fits its targets."""
+    affine = draw(SOFTMAX, problem.seed, problem.damping, True)
+    network = draw(SQUARED_NETWORK, problem.seed, problem.damping, True)
+    fitted = replace(network, y=oracle.outputs(network.family, network.theta, network.X))
+    return {
+        f"Gauss–Newton, {name}": gap(subject.gauss_newton(p), oracle.curvature(p))
+        for name, p in {"affine": affine, "no residual": fitted}.items()
+    }
+
+
+class Gain(eqx.Module):
+    """A linear layer whose outputs are multiplied by numbers of the example's own."""
+
+    layer: eqx.nn.Linear
+
+    def __call__(self, x):
+        return self.layer(x[:3]) * x[3:]
 
 
 class Stack(eqx.Module):
@@ -225,6 +261,7 @@ def models(kind: str):
         "convolution": eqx.nn.Conv1d(2, 2, 3, key=a),
         "look-up": Vocabulary(eqx.nn.Embedding(TOKENS, 2, key=a)),
         "both ways": BothWays(layer.weight),
+        "gain": Gain(layer),
     }
     return made[kind]
 
@@ -294,6 +331,26 @@ def sharing(problem, subject) -> dict[str, float]:
             expanded = _blocks(*args, sharing="expand")[0]
             found["mean: expand is not exact"] = apart(expanded, want, least=1e-3)
     return {**found, **both_ways(problem, subject)}
+
+
+def uncorrelated(problem, subject) -> dict[str, float]:
+    """(g), with F = (1/n) Σ wᵢ diag(sᵢ²)⊗aᵢaᵢᵀ in NumPy: every input a meets every gain s."""
+    rng = np.random.default_rng(problem.seed)
+    inputs, gains = rng.normal(size=(4, 3)) + 0.4, ((0.5, -1.0), (1.0, 2.0), (-2.0, 0.3))
+    X = np.array([[*a, *s] for a in inputs for s in gains])
+    product = np.outer(rng.uniform(0.5, 2.0, 4), rng.uniform(0.5, 2.0, 3))
+    together = product * (1 + 9 * np.eye(4, 3))
+    model, a = models("gain"), _one(X[:, :3])
+    found = {}
+    for name, table in {"uncorrelated": product, "correlated": together}.items():
+        w = table.ravel()
+        risk = _risk(subject.seen(replace(problem, X=X, w=w)), X, np.zeros((len(X), 2)))
+        got = _blocks(subject, risk, model, "kfac")[0]
+        each = np.einsum("n,nk,ni,nj->kij", w / len(X), np.square(X[:, 3:]), a, a)
+        want = _with_penalty(sl.block_diag(*each), problem)
+        exact = name == "uncorrelated"
+        found[name] = gap(got, want) if exact else apart(got, want, least=1e-3)
+    return found
 
 
 def both_ways(problem, subject) -> dict[str, float]:
@@ -455,6 +512,9 @@ MUTANTS = {
     "a tolerance ten times too large": settings_changed(tolerance=0.99),
     "half of the coordinates": replace(SUBJECT, truncate=_half),
     "penalty taken for data": replace(SUBJECT, truncate=lambda b, p, t: truncated(b, 0 * p, t)),
+    "empirical Fisher for Gauss–Newton": replace(
+        SUBJECT, gauss_newton=lambda p: library_gauss_newton(p, library.empirical_fisher)
+    ),
     "a share not squared": replace(SUBJECT, truncate=lambda b, p, t: truncated(b, p, t**0.5)),
 }  # fmt: skip
 

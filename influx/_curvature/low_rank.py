@@ -15,11 +15,12 @@ def low_rank(block: EigenBlock, tolerance: float) -> EigenBlock:
     eigenvalues R = 1/(values + λ).
 
     A score of rank-one gradients is Σ_kl u_k v_l R_kl with u = ĝᵢ∘ĝⱼ and v = âᵢ∘âⱼ. If coordinates are
-    uncorrelated its mean square is Σ_kl s_k² t_l² R_kl², s and t the mean squares of ĝ and â: the
-    eigenvalues of the two factors. So the truncated SVD of diag(s) R diag(t) leaves out the least
-    possible part of the scores, and the share of its tail is their relative root mean square error,
-    which is kept below `tolerance`. Their number is rounded up to a multiple of 4 where that still
-    saves, so that a refit seldom means another program.
+    uncorrelated, independent between ĝ and â, and have the curvature's second moments, its mean square
+    is Σ_kl s_k² t_l² R_kl², s and t the mean squares of ĝ and â: the eigenvalues of the two factors. So
+    the truncated SVD of diag(s) R diag(t) leaves out the least possible part of the scores, and the
+    share of its tail is their relative root mean square error, which is kept below `tolerance`. Their
+    number is rounded up to a multiple of 4 where that still saves, so that a refit seldom means another
+    program.
     """
     _, l, r = block.layer.shape
     s, t = (_away_from_zero(np.asarray(x, np.float64)) for x in block.scales)

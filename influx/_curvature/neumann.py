@@ -29,7 +29,8 @@ class Neumann(AbstractIterative):
     and a number of repetitions to guess.
 
     **Cost:** 20 products once, and about 1.1 κ log(1/rtol) a solve, κ the condition number of H + λI.
-    `CG` needs about √κ/2 log(2/rtol) and is never slower: choose `Neumann` to compare with LiSSA.
+    `CG` needs about √κ/2 log(2/rtol), and after as many steps its error is the smaller one in the norm
+    √(xᵀHx): choose `Neumann` to compare with LiSSA.
 
     **Raises:** `ValueError` for a curvature with a Ritz value that is not positive, where the series
     diverges.

@@ -179,10 +179,11 @@ def _solve(f: Influence, state: dict, low: float) -> Finding:
     bound = solved + terms
     converged = bool(state["converged"])
     verdict = judge(bound, 1e-3, 0.1) if converged else "bad"
+    drawn = f" for {s.size} points drawn" if s.size < f.risk.n else ""
     return finding(
         "solve",
         f"{_count(state)}relative residual {relative:.1e}, "
-        f"score error {'at most' if proven else 'estimated at'} {bound:.1e} of √(sᵢsⱼ)"
+        f"score error {'at most' if proven else 'estimated at'} {bound:.1e} of √(sᵢsⱼ){drawn}"
         + (f", {terms:.1e} of it by `tolerance` ({of_any_query:.1e} of a query)" if terms else ""),
         verdict,
         "How well the linear solves were done" + (

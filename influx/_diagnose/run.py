@@ -25,8 +25,10 @@ def _metasmoothness(f: Influence) -> Finding:
     r"""The mean cosine between v ↦ ∂h(θ_T(w))·v and h(θ_T(w + v)) − h(θ_T(w)), where v erases a random
     twentieth of the training points and h are the outputs on (at most 500) training inputs.
 
-    It tends to 1 as v gets small, for any differentiable run; that it be near 1 for a v of the size at
-    which influence is used is what is asked here.
+    It tends to 1 as v gets small where the run is differentiable and the prediction is not 0; that it be
+    near 1 for a v of the size at which groups are removed is what is asked here. Where a run passes
+    kinks (ReLU, max pooling) single removals can be foreseen worse than a twentieth's: for leave-one-out
+    repeat the run without a few points.
 
     **Source:** Engstrom et al., "Optimizing ML Training with Metagradient Descent", arXiv:2503.13751,
     call a training algorithm metasmooth whose finite differences at neighbouring points agree; here the

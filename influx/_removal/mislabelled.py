@@ -25,7 +25,7 @@ class Mislabelled(eqx.Module):
 
     - `score`: −`margin_without`; higher is more suspect, above 0 the others give another class
     - `given`, `suggested`: the label as it is, and the class that the others give the point
-    - `margin_without`: the given class's margin by the others alone
+    - `margin_without`: the given class's margin by the others
     - `margin`: γᵢ(θ̂), the log-odds of the given label under the model as it was passed
     - `reason`: 0 agrees with the others; 1 memorized: contradicted, yet the model has learned it;
       2 not fitted: contradicted, and the model has not (`influx.REASONS` names them)
@@ -78,17 +78,20 @@ def find_mislabelled(
       others): a network has bent its later features towards wrong labels, and its last layer, however
       well it removes a point, believes them. By P12 this is the part of influence which does not read
       labels: feature similarity. Removal is
-      exact: (ŷᵢ − hᵢyᵢ)/(1 − hᵢ), h the leverage. The ridge is, of six between Σw/3,300 and Σw/14, the
-      one whose predictions without each point err least. The margin γ is ŷ of the given class less the
-      largest other. Asked twice: the second time with data weights wᵢ·(1 + γᵢ), within [0, wᵢ].
+      exact for the features, ridge and data weights that are given: (ŷᵢ − hᵢyᵢ)/(1 − hᵢ), h the
+      leverage, y the indicators less 1/C (which is added back). The ridge is, of six between Σw/3,300
+      and Σw/14, the one whose predictions without each point err least. The margin γ is ŷ of the given
+      class less the largest other. Asked twice: the second time with data weights wᵢ·(1 + γᵢ), within
+      [0, wᵢ]. Features and the others' weights have seen the point's label, which favours it a little.
     - `"model"`, for outputs affine in the parameters: the model's own margins without the point,
       γᵢ(θ̂₋ᵢ), by one Newton step (P10). Four rounds: the model is refitted with data weights
       wᵢP(label i is right), where
 
           P(right) = σ(γᵢ(θ̂₋ᵢ) + log((1 − ε)(C − 1)/ε)),
 
-      the posterior if a share ε of labels is any other class, ε the maximum-likelihood share. Its
-      classes are those a linear model can tell apart; points are near in `"features"` whatever it can.
+      the posterior if a share ε of labels is any other class; ε is the maximum-likelihood share within
+      [0.001, 1 − 1/C], the margins held fixed. Its classes are those a linear model can tell apart;
+      points are near in `"features"` whatever it can.
 
     Pass the whole network, not its restricted head: a head's one layer takes the last features.
 

@@ -143,7 +143,8 @@ def prune(
       error; k doubles where |ρ − 1| ≤ ¼;
     - *refused* otherwise, by name: the points return, and k is halved.
 
-    It ends where nothing harmful is left, the budget is spent, or a single point was refused.
+    It ends where nothing harmful is left, the budget or the rounds are spent, or a single point was
+    refused.
 
     **Held-out data in two halves.** Rows 0, 2, 4, … choose the points, rows 1, 3, 5, … decide: they
     give `predicted` and `actual`. Read on the half that chose, the loss falls by chance as well.

@@ -22,10 +22,10 @@ class RidgeHead(NamedTuple):
     - `value`: Gᵢ = n ∂m/∂wᵢ = ⟨yᵢ − Wh̃ᵢ, Σ_t y_t h̃_tᵀA⁻¹h̃ᵢ⟩/|V|, m the mean score that held-out
       points give to their labels: label agreement × feature similarity. Positive = helpful.
 
-    m is linear in the scores. Under label noise that is the same for all wrong classes its expectation
-    is then an increasing function of the clean one's (van Rooyen, Menon & Williamson,
-    arXiv:1505.07634): a noisy held-out set values points as a clean one does. A proper loss has no
-    such property: it rewards scores as unsure as the labels are.
+    m is linear in the scores. Under label noise that is the same for all wrong classes, fewer than
+    1 − 1/C of the labels, its expectation is then an increasing function of the clean one's (van Rooyen,
+    Menon & Williamson, arXiv:1505.07634): a noisy held-out set values points as a clean one does. A
+    proper loss has no such property: it rewards scores as unsure as the labels are.
     """
 
     weight: Float[Array, "C d"]

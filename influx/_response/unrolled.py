@@ -33,13 +33,15 @@ class Unrolled(eqx.Module):
 
     I(i; m) = n · ∂m(θ_T(w))/∂wᵢ with the start, the order of the batches and every number of the
     optimiser held fixed: what `leave_subset_out(risk, model0, trainer, ...)` does to m, to first order.
-    No minimum, convexity, curvature or damping is asked for; near a minimum of a strongly convex J it
-    is the implicit response (P14). Momentum, Adam, schedules, weight decay, clipping: whatever optax
-    optimiser, as long as its update is differentiable where the run passes.
+    No minimum, convexity, curvature or damping is asked for. As a full-batch gradient descent on a
+    strongly convex J gets longer it tends to the implicit response (P14); a short run does not answer as
+    a minimum does, even one that starts there. Momentum, Adam, schedules, weight decay, clipping:
+    whatever optax optimiser, as long as its update is differentiable where the run passes.
 
     A derivative is taken at the risk's own weights. To foresee models from which a large share ρ of the
     points is erased, take it where they are on average: `risk.with_weights(np.full(n, 1 - ρ))`; models
-    whose other points weigh 1/(1 − ρ), the mean over those that are left, are on average at weights 1.
+    whose other points weigh 1/(1 − ρ) are on average at weights 1. Their steps follow the mean over
+    the points that are left, exactly where a batch is all the data and else on average over batches.
 
     It is worth what the derivative is worth: a run may be so rough in its data weights that a tangent
     says nothing of removing a point. `diagnose` measures that (*metasmoothness*).

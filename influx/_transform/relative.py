@@ -22,8 +22,8 @@ def relative(
     | `"cosine"` | √(sᵢ ∇mᵀH⁻¹∇m) | the cosine in the metric H⁻¹, in [−1, 1] (P5) |
     | `Reference(r)` | I(r; m) | multiples of another point's influence, with its sign |
 
-    Each is the optimum of a constrained problem (P6). The train-side sizes are computed here, once: n
-    solves. The sign is that of influence, except under a `Reference` of negative influence.
+    The first two are optima of constrained problems (P6). The train-side sizes are computed here, once:
+    n solves. The sign is that of influence, except under a `Reference` of negative influence.
 
     **Undefined** (0/0: gᵢ = 0, or I(r; m) = 0) stands as NaN; `relative(f, kind).undefined` lists the
     training points concerned.

@@ -43,6 +43,9 @@ def lds(
     influx.lds(f(queries), masks, outcomes)
     ```
 
+    `masks` multiply data weights, and `scores` are per unit of weight: where weights are not all equal,
+    pass `f(queries) * risk.weights`.
+
     **Sign.** `scores` are influences I(i; m): positive where training more on i raises the
     measurement. Removal effects have the opposite sign and would score −LDS.
 

@@ -66,8 +66,10 @@ def subsampled_memorization(
         memorization of i    = mean of a(i; S) over the S with i  −  mean over the S without i
         influence of i on j  = mean of a(j; S) over the S with i  −  mean over the S without i.
 
-    One training serves all points at once, so that k trainings stand for n retrainings. Given how
-    often i is in and out, each is an unbiased estimate of what training on a subset gains from i.
+    One training serves all points at once, so that k trainings stand for n retrainings. The subsets
+    that `key` draws all hold round(`share`·n) points, so that one with i holds it in place of one of
+    the others: given how often i is in and out, each is an unbiased estimate of what a subset gains
+    from i *over a random other point*. For `masks` with independent entries it is the gain from i.
 
     ```python
     found = influx.subsampled_memorization(risk, model0, trainer, key=jr.key(0), trials=200)
