@@ -1,6 +1,7 @@
 """Settings and arguments, checked where they are written."""
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -36,6 +37,11 @@ def check_whole(
         bounds = f"at least {least}" if most is None else f"in {least}…{most}"
         raise ValueError(f"`{name}` must be a whole number, {bounds}, got {value!r}.{hint}")
     return int(value)
+
+
+def is_real(value: Any) -> bool:
+    """A finite real number, of Python or NumPy; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_chunk(chunk_size: int | None) -> int | None:

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from ._checks import check_whole, require_concrete
 from ._chunks import chunk_length, chunked_map
@@ -21,7 +20,7 @@ from ._response import Implicit, implicit_response
 from ._restriction import restrict, selected
 from ._risk import EmpiricalRisk
 from ._scale import Unscaled
-from ._solver.bounds import Solve, krylov, lanczos
+from ._solver.bounds import Solve, krylov, ritz_values
 
 
 class RestrictionBound(eqx.Module):
@@ -125,7 +124,7 @@ def _solver(f: Influence, part: AbstractFactored, kept, steps: int, low: Array) 
     """v ↦ x̃, Hx̃ and the bound on the leftover form, from the restricted solution on."""
     theta, _ = ravel(f.model)
     matvec = implicit_response(f.response, "restriction_bound").factored.matvec
-    scale = _norm(matvec, theta)
+    scale = ritz_values(matvec, theta, 10)[-1]  # about ‖H‖₂
 
     def solve(v):
         start = jnp.zeros_like(v).at[kept].set(part.solve(v[kept]))
@@ -184,11 +183,3 @@ def _bound(f: Influence, part: AbstractFactored, kept, rows, solved: Solve, step
         full - error,
         full + error,
     )
-
-
-def _norm(matvec: Callable, theta: Float[Array, " P"]) -> Float[Array, ""]:
-    """An estimate of ‖H‖₂: the largest Ritz value of ten Lanczos steps."""
-    start = jr.normal(jr.key(0), theta.shape, theta.dtype)
-    _, alpha, beta = lanczos(matvec, start, min(10, theta.size))
-    off = jnp.diag(beta[:-1], 1)
-    return jnp.linalg.eigvalsh(jnp.diag(alpha) + off + off.T)[-1]

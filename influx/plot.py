@@ -15,8 +15,8 @@ from ._extras import missing_extras
 from ._memorization import LABELS, Memorization
 from ._top_k import TopK
 
-if problem := missing_extras("matplotlib"):
-    raise ImportError(problem)
+if _missing := missing_extras("matplotlib"):
+    raise ImportError(_missing)
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt

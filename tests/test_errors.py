@@ -422,6 +422,7 @@ SETTINGS = {
         "`max_steps`.*got 0.5",
         "None chooses",
     ),
+    "tolerance a flag": (lambda: ix.LBFGS(tolerance=True), "got True", "must be positive"),
     "tolerance a string": (lambda: ix.Newton("1e-3"), "got '1e-3'", "must be positive"),
     "Fisher draws": (
         lambda: ix.Fisher("sampled", key=jr.key(0), draws=1.5),
@@ -1214,3 +1215,10 @@ def test_whole_numbers_and_flags_of_numpy_pass():
     assert proven.lower.shape == (N,)
     subset = ix.most_influential_subset(f, (Xq, yq), size=two, mean=np.bool_(False))
     assert subset.indices.shape == (len(yq), 2)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert ix.EKFAC(tolerance=np.float32(0.25)).tolerance == 0.25
+    assert ix.CG(ix.Hessian(), rtol=np.float32(0.25)).rtol == 0.25
+    assert ix.Newton(tolerance=np.float32(0.25)).tolerance == 0.25
+    assert ix.SGD(optax.sgd(0.1), batch_size=np.int64(4), epochs=1, key=jr.key(0)).batch_size == 4

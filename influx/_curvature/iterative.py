@@ -6,23 +6,20 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import lineax as lx
-import numpy as np
 from jaxtyping import Array
 
-from .._checks import check_whole
+from .._checks import check_whole, is_real
 from .._custom_types import Model
 from .._linalg import ravel
 from .._risk import EmpiricalRisk
-from .._solver.bounds import lanczos
+from .._solver.bounds import ritz_values
 from .._solver.minres import MINRES as MinresSolver
 from .base import AbstractCurvature, AbstractFactored, check_wrapped
 
 
 def _checked_rtol(rtol: Any) -> float | None:
-    positive = isinstance(rtol, int | float | np.number) and 0 < rtol < 1
-    if rtol is not None and not positive:
+    if rtol is not None and not (is_real(rtol) and 0 < rtol < 1):
         raise ValueError(
             f"`rtol` must be a positive number such as 1e-10, and below 1; got {rtol!r}. None chooses "
             "one."
@@ -159,8 +156,5 @@ def extreme_ritz_values(
     """The least and the largest Ritz value of 20 Lanczos steps with H + λI, or with its inverse."""
     theta, _ = ravel(model)
     product = (lambda v: factored.try_solve(v)[0]) if inverse else factored.matvec
-    start = jr.normal(jr.key(0), theta.shape, theta.dtype)
-    _, alpha, beta = lanczos(product, start, min(20, theta.size))
-    off = jnp.diag(beta[:-1], 1)
-    ritz = jnp.linalg.eigvalsh(jnp.diag(alpha) + off + off.T)
+    ritz = ritz_values(product, theta, 20)
     return ritz[0], ritz[-1]

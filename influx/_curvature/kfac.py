@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import check_damping, is_concrete
+from .._checks import check_damping, is_concrete, is_real
 from .._custom_types import Model, Scalar, ScalarLike
 from .._jacobian import require_array_output
 from .._risk import EmpiricalRisk
@@ -190,8 +189,7 @@ def _checked_damping(damping: Any) -> Scalar | None:
 
 
 def _checked_tolerance(tolerance: float) -> float:
-    number = isinstance(tolerance, int | float | np.floating) and not isinstance(tolerance, bool)
-    if not number or not 0 <= tolerance < 1:
+    if not is_real(tolerance) or not 0 <= tolerance < 1:
         raise ValueError(
             f"`tolerance` is a relative error in [0, 1), got {tolerance!r}. 0 is exact, 0.05 fast."
         )

@@ -14,7 +14,7 @@ from .._gradients import example_gradient, map_gradients, risk_gradient
 from .._influence import Influence
 from .._linalg import ravel
 from .._response import implicit_response
-from .._solver.bounds import lanczos
+from .._solver.bounds import ritz_values
 from .base import Finding, finding, judge
 
 # Solves of a curvature that is no matrix are dear: that many training points and directions are drawn.
@@ -94,17 +94,13 @@ def _extremes(f: Influence, factored: AbstractFactored) -> tuple[float, float]:
     if factored.matrix is not None:
         values = np.linalg.eigvalsh(np.asarray(factored.matrix))
         return float(values[0]), float(values[-1])
-    _, alpha, beta = _lanczos(f, factored)
-    off = np.diag(np.asarray(beta)[:-1], 1)
-    values = np.linalg.eigvalsh(np.diag(np.asarray(alpha)) + off + off.T)
+    values = _ritz_values(factored, ravel(f.model)[0])
     return float(values[0]), float(values[-1])
 
 
 @eqx.filter_jit
-def _lanczos(f: Influence, factored: AbstractFactored):
-    theta, _ = ravel(f.model)
-    start = jr.normal(jr.key(1), theta.shape, theta.dtype)
-    return lanczos(factored.matvec, start, min(40, theta.size))
+def _ritz_values(factored: AbstractFactored, theta):
+    return ritz_values(factored.matvec, theta, 40)
 
 
 def _stationarity(state: dict, n: int) -> Finding:

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from .._checks import is_real
 from .._chunks import leading_length, take
 from .._custom_types import Model
 from .._risk import EmpiricalRisk
@@ -41,6 +42,6 @@ def change(
 
 def check_share(value: float, name: str, meaning: str) -> float:
     """A number in the open interval (0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+    if not is_real(value) or not 0 < value < 1:
         raise ValueError(f"`{name}` is {meaning} and must lie between 0 and 1, got {value!r}.")
     return float(value)

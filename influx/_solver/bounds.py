@@ -38,6 +38,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Float
 
 from .._linalg import dot
@@ -73,6 +74,14 @@ def lanczos(
     """
     run = _lanczos(matvec, v, steps)
     return run.basis[:-1], run.alpha, run.beta
+
+
+def ritz_values(matvec: Callable, like: Float[Array, " P"], steps: int) -> Float[Array, " k"]:
+    """T's eigenvalues after min(`steps`, P) Lanczos steps from a random vector of `like`'s shape, in
+    increasing order: within H's spectrum, the first and the last soon near its ends."""
+    start = jr.normal(jr.key(0), like.shape, like.dtype)
+    _, alpha, beta = lanczos(matvec, start, min(steps, like.size))
+    return jnp.linalg.eigvalsh(_tridiagonal(alpha, beta))
 
 
 def quadrature(
@@ -205,8 +214,12 @@ def _lanczos(matvec: Callable, v: Float[Array, " P"], steps: int) -> _Run:
 
 def _spectrum(alpha, beta, norm) -> tuple[Float[Array, " k"], Float[Array, "k k"]]:
     """T's eigenvalues and eigenvectors (columns); those of the identity for v = 0."""
+    return jnp.linalg.eigh(_tridiagonal(jnp.where(norm == 0, 1, alpha), beta))
+
+
+def _tridiagonal(alpha, beta) -> Float[Array, "k k"]:
     off = jnp.diag(beta[:-1], 1)
-    return jnp.linalg.eigh(jnp.diag(jnp.where(norm == 0, 1, alpha)) + off + off.T)
+    return jnp.diag(alpha) + off + off.T
 
 
 def _schur(theta, u, beta, lower, eta) -> Float[Array, ""]:

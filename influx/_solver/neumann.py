@@ -4,13 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from .bounds import lanczos
+from .bounds import ritz_values
 
 # A Ritz value lies below the norm. Steps are this much shorter than the largest one allows, see
 # `safe_step`.
@@ -129,10 +128,7 @@ def _largest_ritz(operator: lx.AbstractLinearOperator) -> Float[Array, ""]:
         jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), operator.in_structure())
     )
     matvec = lambda x: ravel_pytree(operator.mv(unravel(x)))[0]
-    start = jr.normal(jr.key(0), zero.shape, zero.dtype)
-    _, alpha, beta = lanczos(matvec, start, min(_LANCZOS, zero.size))
-    off = jnp.diag(beta[:-1], 1)
-    return jnp.linalg.eigvalsh(jnp.diag(alpha) + off + off.T)[-1]
+    return ritz_values(matvec, zero, _LANCZOS)[-1]
 
 
 class _At(NamedTuple):

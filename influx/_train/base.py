@@ -3,7 +3,6 @@
 import abc
 import functools
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -12,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._checks import check_whole
+from .._checks import check_whole, is_real
 from .._custom_types import Model
 from .._linalg import ravel
 
@@ -90,7 +89,7 @@ def gradient_items(objective: Objective, model: Model) -> int:
 
 
 def check_tolerance(tolerance: float) -> float:
-    if not isinstance(tolerance, Real) or not np.isfinite(tolerance) or tolerance <= 0:
+    if not is_real(tolerance) or tolerance <= 0:
         raise ValueError(
             f"`tolerance` bounds the gradient norm and must be positive, got {tolerance!r}."
         )

@@ -60,7 +60,7 @@ def lds(
     where a correlation is undefined: a query whose outcomes, or predictions, are equal for all
     models, or for all but one (its jackknife is undefined).
 
-    **Cost:** O(m k (n + k)).
+    **Cost:** O(m k (n + k)); 6k² numbers a query, `chunk_size` queries at a time.
 
     **Source:** Park, Georgiev, Ilyas, Leclerc & Madry, "TRAK: Attributing Model Behavior at Scale",
     arXiv:2303.14186; the crossed standard error: Owen, "The pigeonhole bootstrap", arXiv:0712.1111.

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_key, check_whole, require_concrete
+from .._checks import check_key, check_whole, is_real, require_concrete
 from .._chunks import take
 from .._custom_types import Example, Model
 from .._linalg import einsum
@@ -210,7 +210,7 @@ def _chosen(n: int, masks, key, share, trials):
     check_key("key", key)
     share, trials = SHARE if share is None else share, TRIALS if trials is None else trials
     check_whole("trials", trials, least=4, hint=" It counts subsets.")
-    size = round(float(share) * n) if isinstance(share, float) and 0 < share < 1 else 0
+    size = round(float(share) * n) if is_real(share) and 0 < share < 1 else 0
     if not 0 < size < n:
         raise ValueError(
             f"`share` is the part of the {n} points in each subset and must leave some in and some "
