@@ -28,7 +28,7 @@ from rich.table import Table
 import influx as ix
 from benchmarks._measure import peak_bytes
 from benchmarks._tasks import MLP, TASKS
-from influx._curvature import kfac
+from influx._curvature import kronecker_factors
 from influx._gradients import risk_gradient
 
 POINTS = (1_000, 4_000, 16_000, 64_000)
@@ -54,10 +54,10 @@ def least(*calls) -> list[float]:
 
 def eigenblocks(curvature, risk, model):
     """The factors of each layer, and the call that takes their eigenvectors."""
-    factors = kfac._factors(curvature.fisher, curvature.sharing, risk, model)
-    layers = kfac.watched(risk, model).layers
+    factors = kronecker_factors.factors(curvature.fisher, curvature.sharing, risk, model)
+    layers = kronecker_factors.watched(risk, model).layers
     pairs = list(zip(layers, factors))
-    return lambda: [kfac._eigenblock(layer, *pair) for layer, pair in pairs]
+    return lambda: [kronecker_factors.eigenblock(layer, *pair) for layer, pair in pairs]
 
 
 def passes(console: Console) -> None:
