@@ -8,11 +8,11 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import check_damping, is_concrete, is_real
+from .._checks import check_damping, is_concrete, is_real, require_concrete
 from .._custom_types import Model, Scalar, ScalarLike
 from .._jacobian import require_array_output
 from .._risk import EmpiricalRisk
-from .._taps import Rules, checked_rules, ruled
+from .._taps import Rules, check_rules, checked_rules, ruled
 from .auto_damping import auto_damping, least_eigenvalue
 from .base import AbstractCurvature, least_penalty
 from .fisher import Fisher
@@ -84,6 +84,9 @@ class AbstractKroneckerFactored(AbstractCurvature):
         return Kronecker.of(model, self.blocks(risk, model)[0], self.rules).matvec
 
     def factor(self, risk, model):
+        if self.tolerance > 0:
+            require_concrete(f"{type(self).__name__}(tolerance={self.tolerance})", risk, model)
+        check_rules(risk, model, self.rules)
         blocks, penalties = self.blocks(risk, model)
         if self.damping is None:
             damping = auto_damping(blocks, penalties, risk.weights)
