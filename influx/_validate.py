@@ -140,7 +140,7 @@ def check_queries(
 ) -> None:
     """Queries are `(inputs, targets)` whose rows look like the training data's, which `validate` has
     seen, with targets that the loss takes."""
-    checked_data(queries, what)
+    queries = checked_data(queries, what)  # as arrays of JAX, like the training data
     expected, got = (jtu.tree_structure(x) for x in (risk.data, tuple(queries)))
     rows = lambda tree: [(x.shape[1:], x.dtype) for x in jtu.tree_leaves(tree)]
     if expected != got or [r[0] for r in rows(risk.data)] != [r[0] for r in rows(queries)]:
@@ -149,11 +149,13 @@ def check_queries(
             f"{[r[0] for r in rows(risk.data)]} in {expected}, got {[r[0] for r in rows(queries)]} "
             f"in {got}. For one query add a leading axis: `(x[None], y[None])`."
         )
-    for (shape, want), (_, have) in zip(rows(risk.data), rows(queries)):
-        if jnp.issubdtype(want, jnp.inexact) and want != have:
+    inputs = len(jtu.tree_leaves(risk.data[0]))  # of targets the loss itself says which it takes
+    for i, ((shape, want), (_, have)) in enumerate(zip(rows(risk.data), rows(queries))):
+        floats, given = (jnp.issubdtype(dtype, jnp.inexact) for dtype in (want, have))
+        if (floats and want != have) or (i < inputs and floats != given):
             raise ValueError(
-                f"Query rows of shape {shape} are {have}, the training data's are {want}: "
-                f"convert them, e.g. `.astype({want})`."
+                f"Query rows of shape {shape} are {have}, the training data's are {want}: pass them on "
+                f"the same scale and convert them, e.g. `.astype({want})`."
             )
     risk.loss.check(eqx.filter_eval_shape(risk.output, model, take(queries[0], 0)), queries[1])
 

@@ -80,6 +80,12 @@ class AbstractFactored(eqx.Module):
     def solve(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
         """(H + λI)⁻¹ v; an error where the solve did not converge."""
         x, converged = self.try_solve(v)
+        x = eqx.error_if(
+            x,
+            jnp.any(jnp.isnan(v)),
+            "The gradient of the measurement, or of a training point's loss, is NaN. Check both at this "
+            "model for log(0), 0/0 or sqrt(0).",
+        )
         return eqx.error_if(
             x,
             ~converged,
@@ -243,8 +249,8 @@ def _check_definite(matrix: Float[Array, "P P"], factored: Factored) -> None:
         return
     if not bool(jnp.all(jnp.isfinite(matrix))):
         raise ValueError(
-            "The curvature has NaN or infinite entries: a second derivative of the loss overflows "
-            "at this model. Check the loss for log(0), 0/0 or sqrt(0)."
+            "The curvature has NaN or infinite entries: an output, or a derivative of the loss, is "
+            "NaN or overflows at this model. Check `predict` and the loss for log(0), 0/0 or sqrt(0)."
         )
     eigenvalues = np.linalg.eigvalsh(np.asarray(matrix))
     low, high = float(eigenvalues[0]), float(eigenvalues[-1])

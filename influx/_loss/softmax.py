@@ -68,19 +68,23 @@ class SoftmaxCrossEntropy(AbstractLoss):
     def convex(self):
         return True
 
-    def _weight(self, target: Int[Array, "..."], dtype) -> Array:
+    def _weight(self, output, target: Int[Array, "..."]) -> Array:
+        """The class weight of each target; NaN where it is no class, which a trace cannot refuse."""
+        dtype, C = output.dtype, output.shape[-1]
         if self.class_weights is None:
-            return jnp.ones(target.shape, dtype)
-        return self.class_weights.astype(dtype)[target]
+            weight = jnp.ones(target.shape, dtype)
+        else:
+            weight = self.class_weights.astype(dtype)[target]
+        return jnp.where((target >= 0) & (target < C), weight, jnp.nan)
 
     def __call__(self, output, target):
         logp = jnn.log_softmax(output, axis=-1)
         hit = jnp.take_along_axis(logp, target[..., None], axis=-1)[..., 0]
         smoothed = (1 - self.label_smoothing) * hit + self.label_smoothing * jnp.mean(logp, axis=-1)
-        return _scaled(-smoothed * self._weight(target, output.dtype), self.reduction)
+        return _scaled(-smoothed * self._weight(output, target), self.reduction)
 
     def output_hessian(self, output, target):
-        return self._blocks(output, self._weight(target, output.dtype))
+        return self._blocks(output, self._weight(output, target))
 
     def _blocks(self, output, weight):
         """Block diagonal over positions: weight · (diag p − ppᵀ)."""
@@ -100,7 +104,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
 
     def hessian_root(self, output, target):
         flat = output.reshape(-1, output.shape[-1])
-        weight = self._weight(target, output.dtype).reshape(-1)
+        weight = self._weight(output, target).reshape(-1)
         scale = weight if self.reduction == "sum" else weight / flat.shape[0]
         rows = jnp.sqrt(scale)[:, None, None] * _covariance_root(jnn.softmax(flat, axis=-1))
         return _one_position_each(rows).reshape(-1, *output.shape)
@@ -224,10 +228,12 @@ def _one_position_each(rows: Float[Array, "T r C"]) -> Float[Array, "Tr T C"]:
 def _checked_class_weights(class_weights) -> Float[Array, " C"]:
     values = class_weights if isinstance(class_weights, jax.Array) else np.asarray(class_weights)
     number = jnp.issubdtype(values.dtype, jnp.floating) or jnp.issubdtype(values.dtype, jnp.integer)
-    positive = lambda: bool(np.all(np.isfinite(values) & (np.asarray(values) >= 0)))
+    positive = lambda: bool(
+        np.all(np.isfinite(values) & (np.asarray(values) >= 0)) and np.any(values)
+    )
     if not number or values.ndim != 1 or (is_concrete(values) and not positive()):
         raise ValueError(
-            f"`class_weights` must be finite numbers ≥ 0, one per class [C], got {class_weights!r}. "
-            "To balance the classes: `n / (C * np.bincount(y))`."
+            f"`class_weights` must be finite numbers ≥ 0, one per class [C] and not all 0, got "
+            f"{class_weights!r}. To balance the classes: `n / (C * np.bincount(y))`."
         )
     return jnp.asarray(values)

@@ -21,6 +21,7 @@ class Margin(AbstractOutputMeasurement):
 
 
 def margin(logits, label):
-    """γ of logits [C] at an integer label."""
-    others = jnp.arange(logits.shape[0]) != label
-    return logits[label] - jnn.logsumexp(logits, where=others)
+    """γ of logits [C] at an integer label; NaN where it is no class, which a trace cannot refuse."""
+    C = logits.shape[0]
+    value = logits[label] - jnn.logsumexp(logits, where=jnp.arange(C) != label)
+    return value * jnp.where((label >= 0) & (label < C), jnp.ones((), value.dtype), jnp.nan)
