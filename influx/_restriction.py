@@ -51,7 +51,25 @@ def selected(model: Model, where: Where) -> Int[np.ndarray, " p"]:
     """Where the parameters that `where` selects stand in `ravel(model)`."""
     params = eqx.filter(model, eqx.is_inexact_array)
     ends = np.cumsum([0] + [leaf.size for leaf in jtu.tree_leaves(params)])
-    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in _places(params, where)])
+    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in _parameters(params, where)])
+
+
+def _parameters(params, where: Where) -> tuple[int, ...]:
+    """Which leaves of a model's parameters `where` selects: at least one, and each once."""
+    try:
+        chosen = _places(params, where)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`where` must select a part of the model, as in `lambda m: m.layers[-1]`: {error}"
+        ) from error
+    if not chosen:
+        raise ValueError(
+            "`where` selects nothing that holds parameters. Select a layer or an array, "
+            "e.g. `lambda m: m.layers[-1]` or `lambda m: m.layers[-1].weight`."
+        )
+    if len(set(chosen)) < len(chosen):
+        raise ValueError("`where` selects a parameter twice. Name each layer or array once.")
+    return chosen
 
 
 def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[EmpiricalRisk, Model]:
@@ -82,21 +100,9 @@ def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[Empirical
             f"`lambda m: m.layers[-1]`, got a {type(where).__name__}."
         )
     params = eqx.filter(model, eqx.is_inexact_array)
-    try:
-        part, small_l2 = where(model), where(l2_tree(risk.l2, params))
-        places = _places(model, where, is_leaf=_is_none)
-        chosen = _places(params, where)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"`where` must select a part of the model, as in `lambda m: m.layers[-1]`: {error}"
-        ) from error
-    if not chosen:
-        raise ValueError(
-            "`where` selects nothing that holds parameters. Select a layer or an array, "
-            "e.g. `lambda m: m.layers[-1]` or `lambda m: m.layers[-1].weight`."
-        )
-    if len(set(chosen)) < len(chosen):
-        raise ValueError("`where` selects a parameter twice. Name each layer or array once.")
+    _parameters(params, where)
+    part, small_l2 = where(model), where(l2_tree(risk.l2, params))
+    places = _places(model, where, is_leaf=_is_none)
     # Data, loss and weights are as they were, and were looked at when the risk was made.
     whole = Whole(model, places, risk.whole)
     return eqx.tree_at(lambda r: (r.l2, r.whole), risk, (small_l2, whole)), part
