@@ -10,10 +10,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._checks import check_flag, check_whole, require_concrete
+from ._checks import check_flag, check_indices, check_whole, require_concrete
 from ._chunks import map_blocks, take
 from ._gradients import risk_gradient
-from ._influence import Influence
+from ._influence import Influence, check_influence
 from ._jacobian import AbstractJacobian, output_jacobian
 from ._linalg import einsum, ravel
 from ._loss import LossConstants
@@ -99,11 +99,12 @@ def certify(
     **Source:** the strong-convexity bound is classical; for certified removal see Guo, Goldstein,
     Hannun & van der Maaten, arXiv:1911.03030. Tiers and constants are this project's (P11).
     """
+    check_influence("certify", f)
     refine = check_whole("refine", refine, least=0, hint=" It counts chord steps.")
     mean, renormalise = check_flag("mean", mean), check_flag("renormalise", renormalise)
     tier = check_whole("tier", tier, most=2)
     _check(f, tier, refine, renormalise)
-    indices = _checked_indices(f, indices)
+    indices = check_indices(indices, f.risk.n)
     if queries is None:
         if mean:
             raise ValueError("`mean=True` averages over queries: pass them.")
@@ -165,23 +166,6 @@ def _check(f: Influence, tier: int, refine: int, renormalise: bool) -> None:
             "A certificate needs l2 > 0 on every kept parameter (it is the strong convexity), and some "
             "have 0. Give them a small l2, or freeze them with `influx.restrict`."
         )
-
-
-def _checked_indices(f: Influence, indices) -> Int[Array, " k"]:
-    if indices is None:
-        return jnp.arange(f.risk.n)
-    indices = jnp.asarray(indices)
-    wrong_kind = indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer)
-    expected = f"`indices` must be a list of training points between 0 and {f.risk.n - 1}"
-    if wrong_kind or indices.size == 0:
-        raise ValueError(
-            f"{expected}, got shape {indices.shape} of {indices.dtype}. For a mask write "
-            "`np.flatnonzero(mask)`."
-        )
-    outside = indices[(indices < 0) | (indices >= f.risk.n)]
-    if outside.size:
-        raise ValueError(f"{expected}, got {outside[0]}.")
-    return indices
 
 
 def _jacobian(f: Influence) -> AbstractJacobian:

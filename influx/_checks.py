@@ -9,7 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._custom_types import Scalar, ScalarLike
 
@@ -31,7 +31,8 @@ def require_concrete(verb: str, *trees: PyTree) -> None:
 def check_whole(
     name: str, value: Any, *, least: int = 1, most: int | None = None, hint: str = ""
 ) -> int:
-    """A count: a whole number, of Python or NumPy, within bounds."""
+    """A count: a whole number, of Python, NumPy or JAX, within bounds."""
+    value = _scalar(value)
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or int(value) < least or (most is not None and int(value) > most):
         bounds = f"at least {least}" if most is None else f"in {least}…{most}"
@@ -40,8 +41,15 @@ def check_whole(
 
 
 def is_real(value: Any) -> bool:
-    """A finite real number, of Python or NumPy; True and False are none."""
+    """A finite real number, of Python, NumPy or JAX; True and False are none."""
+    value = _scalar(value)
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _scalar(value: Any) -> Any:
+    """The number in an array without axes; anything else as it is."""
+    array = isinstance(value, np.ndarray | jax.Array) and is_concrete(value) and value.ndim == 0
+    return value.item() if array else value
 
 
 def check_chunk(chunk_size: int | None) -> int | None:
@@ -65,6 +73,25 @@ def check_key(name: str, key: Any) -> PRNGKeyArray:
     return key
 
 
+def check_indices(indices: Any, n: int) -> Array:
+    """Points as an array of indices 0…n−1; `None` means all."""
+    if indices is None:
+        return jnp.arange(n)
+    indices = np.asarray(indices)
+    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(
+            f"`indices` must be a list of whole numbers, got shape {indices.shape} of "
+            f"{indices.dtype}. For one point write `[i]`, for a mask `np.flatnonzero(mask)`."
+        )
+    bad = indices[(indices < 0) | (indices >= n)]
+    if bad.size:
+        raise ValueError(
+            f"`indices` must lie in 0…{n - 1} (there are {n} training points), got {bad[0]}."
+            + (f" Do you mean {bad[0] + n}?" if -n <= bad[0] < 0 else "")
+        )
+    return jnp.asarray(indices)
+
+
 def check_memory(memory: int | None) -> int | None:
     if memory is None:
         return None
@@ -76,8 +103,10 @@ def check_damping(damping: ScalarLike) -> Scalar:
     """A damping λ, a number at least zero, as an array: another λ is then no other program."""
     if not is_concrete(damping):
         return jnp.asarray(damping)
-    if not np.issubdtype(np.asarray(damping).dtype, np.number) or np.ndim(damping) != 0:
-        raise ValueError(f"`damping` must be one number, got {damping!r}.")
+    dtype = np.asarray(damping).dtype
+    real = np.issubdtype(dtype, np.number) and not np.issubdtype(dtype, np.complexfloating)
+    if not real or np.ndim(damping) != 0:
+        raise ValueError(f"`damping` must be one real number, got {damping!r}.")
     if not np.isfinite(damping) or damping < 0:
         raise ValueError(
             f"`damping` is λ in (H + λI) and must be at least 0, got {damping}. "

@@ -5,7 +5,7 @@ import jax.tree_util as jtu
 
 from ._curvature import AbstractCurvature, AbstractFactored
 from ._curvature.block import Blocks
-from ._influence import Influence
+from ._influence import Influence, check_influence
 from ._response import implicit_response
 
 
@@ -54,6 +54,7 @@ def coverage(f: Influence) -> Coverage:
 
     A parameter that fits none of them is an error where the curvature meets the model.
     """
+    check_influence("coverage", f)
     response = implicit_response(f.response, "coverage")
     rows = _rows(response.curvature, response.factored, _leaves(f.model))
     kept = sum(row.entries for row in rows)

@@ -117,6 +117,14 @@ def influence(
     return Influence(response, Loss(), Unscaled(), Derivative(), None)
 
 
+def check_influence(verb: str, f: Influence) -> None:
+    """What a verb or transform takes is an `Influence`."""
+    if not isinstance(f, Influence):
+        raise ValueError(
+            f"`{verb}` takes what `influx.influence(risk, model, ...)` answers, got {type(f).__name__}."
+        )
+
+
 @eqx.filter_jit
 def _scores(f: Influence, queries: PyTree[Array]) -> Scores:
     f, schedule = scheduled(f, queries)

@@ -12,7 +12,7 @@ from ._checks import check_flag, check_whole
 from ._chunks import chunked_map
 from ._effect import change_along
 from ._gradients import risk_gradient
-from ._influence import Influence
+from ._influence import Influence, check_influence
 from ._linalg import ravel
 from ._scale import Unscaled
 
@@ -81,6 +81,7 @@ def most_influential_subset(
     Challenges, Promises, and Beyond", arXiv:2409.18153 (adaptive greedy, by retraining); Basu, You &
     Feizi, arXiv:1911.00418 (the quadratic).
     """
+    check_influence("most_influential_subset", f)
     _check(f, size, extreme, mean, candidates)
     f.measurement.check(f.risk, f.model, queries)
     shortlist = min(int(candidates), f.risk.n)

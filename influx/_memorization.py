@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ._chunks import chunk_length, map_blocks, take
-from ._influence import Influence
+from ._influence import Influence, check_influence
 from ._linalg import ravel
 from ._measurement import Margin
 from ._validate import class_logits_shape, require_labels
@@ -58,6 +58,7 @@ def memorization(f: Influence, step: Literal["first-order", "newton"] = "newton"
     arXiv:2305.16094; the score is the soft form of Feldman & Zhang, arXiv:2008.03703. `certify` turns
     the predictions into enclosures.
     """
+    check_influence("memorization", f)
     if step not in ("first-order", "newton"):
         raise ValueError(f'`step` must be "first-order" or "newton", got {step!r}.')
     class_logits_shape(f.risk, f.model)

@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from ._chunks import leading_length, take
-from ._influence import Influence, scheduled
+from ._influence import Influence, check_influence, scheduled
 
 
 class Step(eqx.Module):
@@ -103,6 +103,7 @@ def plan(f: Influence, queries: PyTree[Array]) -> Plan:
 
     **Cost:** that of tracing the model a few times.
     """
+    check_influence("plan", f)
     f.measurement.check(f.risk, f.model, queries)
     _, schedule = scheduled(f, queries)
     m, n = leading_length(queries), f.risk.n

@@ -14,7 +14,7 @@ from ._curvature.base import factor_matrix, hvp_matrix
 from ._custom_types import Model, Scores, Where
 from ._effect import Derivative
 from ._gradients import example_gradient
-from ._influence import Influence
+from ._influence import Influence, check_influence
 from ._linalg import dot, ravel
 from ._response import Implicit, implicit_response
 from ._restriction import restrict, selected
@@ -71,6 +71,7 @@ def restriction_bound(
     **Source:** P9 of this project; the quadrature is Golub & Meurant, "Matrices, Moments and
     Quadrature with Applications" (2010).
     """
+    check_influence("restriction_bound", f)
     steps = check_whole("steps", steps)
     plain = isinstance(f.scale, Unscaled) and isinstance(f.effect, Derivative) and f.masks is None
     if not plain:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._checks import check_chunk, check_whole
 from ._chunks import Limits, leading_length, map_blocks, take
 from ._engine import MOST_POINTS
-from ._influence import Influence, prepared_queries, scheduled
+from ._influence import Influence, check_influence, prepared_queries, scheduled
 
 
 class Extremes(eqx.Module):
@@ -41,6 +41,7 @@ def top_k(f: Influence, queries: PyTree[Array], k: int, *, chunk_size: int | Non
 
     **Cost:** that of `f(queries)`, with O(m·(k + chunk)) numbers kept in place of O(m·n).
     """
+    check_influence("top_k", f)
     if f.masks is not None:
         raise ValueError(
             "`top_k` ranks training points: use an `f` without `groups`, or `jnp.argsort(f(queries))` "

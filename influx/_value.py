@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ._chunks import chunked_sum, leading_length, take
 from ._effect import Derivative
-from ._influence import Influence, prepared_queries, scheduled
+from ._influence import Influence, check_influence, prepared_queries, scheduled
 from ._measurement import Loss
 from ._scale import Unscaled
 from ._validate import check_queries
@@ -55,6 +55,7 @@ def value(f: Influence, heldout: PyTree[Array]) -> Value:
     **Source:** Kounavis, Dia & Ramazanli, arXiv:2305.16094 (sign of influence); Koh & Liang,
     arXiv:1703.04730.
     """
+    check_influence("value", f)
     require_plain(f, "value")
     check_queries(f.risk, f.model, heldout, "heldout")
     if leading_length(heldout) < 2:

@@ -407,7 +407,13 @@ def test_every_verb_that_takes_a_risk_and_a_model_checks_them(verb):
 SETTINGS = {
     "damping negative": (lambda: ix.Hessian(damping=-1.0), "at least 0, got -1.0", "damping=0."),
     "damping NaN": (lambda: ix.GaussNewton(damping=np.nan), "at least 0, got nan", "1e-3"),
-    "damping string": (lambda: ix.Identity(damping="auto"), "one number, got 'auto'", "`damping`"),
+    "damping string": (lambda: ix.Identity(damping="auto"), "real number, got 'auto'", "`damping`"),
+    "damping complex": (lambda: ix.Hessian(damping=1 + 1j), r"got \(1\+1j\)", "one real number"),
+    "no class weight": (
+        lambda: ix.SoftmaxCrossEntropy(class_weights=[0.0, 0.0]),
+        r"not all 0, got \[0.0, 0.0\]",
+        "bincount",
+    ),
     "curvature in CG": (lambda: ix.CG("a"), "a curvature such as.*got 'a'", "Mind the parentheses"),
     "curvature in blocks": (
         lambda: ix.BlockDiagonal(ix.Hessian),
@@ -902,7 +908,7 @@ VERBS = {
         "a parameter twice",
         "Name each",
     ),
-    "certify index": (lambda w: ix.certify(w.f, indices=[N]), "got 12", "between 0 and 11"),
+    "certify index": (lambda w: ix.certify(w.f, indices=[N]), "got 12", "0…11"),
     "certify mean": (lambda w: ix.certify(w.f, mean=True), "averages over queries", "pass them"),
 }
 COMBINATIONS = {
@@ -1222,3 +1228,142 @@ def test_numbers_of_numpy_are_numbers():
     assert ix.CG(ix.Hessian(), rtol=np.float32(0.25)).rtol == 0.25
     assert ix.Newton(tolerance=np.float32(0.25)).tolerance == 0.25
     assert ix.SGD(optax.sgd(0.1), batch_size=np.int64(4), epochs=1, key=jr.key(0)).batch_size == 4
+
+
+VERBS_OF_AN_INFLUENCE = {
+    "call of a transform": lambda r: ix.removal(r),
+    "classification": lambda r: ix.classification(r, "margin"),
+    "relative": lambda r: ix.relative(r, "self"),
+    "groups": lambda r: ix.groups(r, np.ones((1, N))),
+    "measure": lambda r: ix.measure(r, lambda m, x: jnp.sum(m(x))),
+    "self_influence": lambda r: ix.self_influence(r),
+    "memorization": lambda r: ix.memorization(r),
+    "value": lambda r: ix.value(r, (Xq, yq)),
+    "top_k": lambda r: ix.top_k(r, (Xq, yq), 2),
+    "certify": lambda r: ix.certify(r),
+    "diagnose": lambda r: ix.diagnose(r),
+    "plan": lambda r: ix.plan(r, (Xq, yq)),
+    "coverage": lambda r: ix.coverage(r),
+    "restriction_bound": lambda r: ix.restriction_bound(r, lambda m: m.weight, (Xq, yq)),
+    "most_influential_subset": lambda r: ix.most_influential_subset(r, (Xq, yq), size=2),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS_OF_AN_INFLUENCE)
+def test_a_risk_is_no_influence(verb):
+    with pytest.raises(ValueError, match=r"takes what `influx.influence.*got EmpiricalRisk"):
+        VERBS_OF_AN_INFLUENCE[verb](risk())
+
+
+RULES = {
+    "bias forgotten": ({eqx.nn.Linear: lambda l, x: l.weight @ x}, "something else than by itself"),
+    "another shape": ({eqx.nn.Linear: lambda l, x: x[:1]}, "something else than by itself"),
+    "cannot be called": ({eqx.nn.Linear: lambda l, x: l.kernel @ x}, "cannot be called.*kernel"),
+    "no such layer": ({eqx.nn.MLP: lambda l, x: x}, "a rule for MLP, and the model has no layer"),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules_that_are_not_their_layer_are_refused(case):
+    rules, words = RULES[case]
+    with pytest.raises(ValueError, match=words):
+        ix.influence(risk(), linear_model(), ix.EKFAC(rules=rules))
+
+
+def test_a_rule_that_is_its_layer_changes_nothing():
+    rules = {eqx.nn.Linear: lambda l, x: l.weight @ x + l.bias}
+    scores = lambda curvature: ix.influence(risk(), linear_model(), curvature)((Xq, yq))
+    np.testing.assert_allclose(scores(ix.EKFAC(rules=rules)), scores(ix.EKFAC()), rtol=1e-12)
+
+
+PLACES = {
+    "nothing": (lambda m: (), "selects nothing"),
+    "no such part": (lambda m: m.nope, "must select a part.*nope"),
+    "an entry": (lambda m: m.weight[0], "must select a part"),
+    "twice": (lambda m: (m.weight, m.weight), "a parameter twice"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_mixture_refuses_what_selects_no_part(case):
+    where, words = PLACES[case]
+    with pytest.raises(ValueError, match=words):
+        ix.influence(risk(), linear_model(), ix.Mixture({where: ix.GaussNewton()}, ix.EKFAC()))
+
+
+def test_floats_do_not_stand_for_whole_numbers():
+    pixels = np.arange(N * D).reshape(N, D)
+    scaled = lambda m, x: m(x.astype(float) / 255)
+    of_pixels = risk((pixels.astype(np.uint8), y), predict=scaled)
+    fitted = ix.influence(of_pixels, linear_model())
+    with pytest.raises(ValueError, match=r"are float64, the training data's are uint8.*scale"):
+        fitted((pixels[:2] / 255, y[:2]))
+    other = fitted((pixels[:2], y[:2]))  # another kind of whole number is no other number
+    np.testing.assert_array_equal(other, fitted((pixels[:2].astype(np.uint8), y[:2])))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, lambda f: ix.classification(f, "margin")])
+def test_a_label_that_is_no_class_is_no_silent_zero_in_a_trace(transform):
+    g = transform(world().f)
+    with pytest.raises(RuntimeError, match=r"measurement.*is NaN"):
+        jax.block_until_ready(eqx.filter_jit(lambda q: g(q))((Xq, jnp.asarray(yq) + 5)))
+
+
+def test_a_measurement_that_is_nan_is_not_the_solver_s_fault():
+    g = ix.measure(world().f, lambda m, x: jnp.nan * jnp.sum(m(x)))
+    with pytest.raises(RuntimeError, match=r"gradient of the measurement.*is NaN"):
+        jax.block_until_ready(g(Xq))
+
+
+def test_what_looks_at_numbers_says_so_in_a_trace():
+    scores = lambda r, m: ix.influence(r, m, ix.EKFAC(damping=0.1, tolerance=0.1))((Xq, yq))
+    with pytest.raises(ValueError, match=r"`EKFAC\(tolerance=0.1\)` looks at numbers.*outside"):
+        eqx.filter_jit(scores)(risk(), linear_model())
+    with pytest.raises(ValueError, match=r"`lds` looks at numbers.*outside"):
+        jax.jit(ix.lds)(np.ones((3, N)), np.ones((5, N)), np.ones((5, 3)))
+
+
+def test_negative_masks_are_no_data_weights():
+    with pytest.raises(ValueError, match=r"at least 0, got -1.0 at \[0, 0\]"):
+        ix.lds(np.ones((3, N)), -np.ones((5, N)), np.ones((5, 3)))
+
+
+@pytest.mark.parametrize("trainer", [ix.Newton(), ix.LBFGS()], ids=["newton", "lbfgs"])
+def test_a_tolerance_out_of_reach_is_refused_before_training(trainer):
+    data = X.astype(np.float32), y
+    single = jtu.tree_map(lambda p: p.astype(jnp.float32), linear_model())
+    with pytest.raises(ValueError, match=r"1e-10, is out of reach in float32.*tolerance=1e-6"):
+        ix.leave_one_out(risk(data), single, trainer)
+
+
+OUTCOMES = {
+    "nan": (
+        lambda m, z: jnp.nan * jnp.sum(m.weight),
+        "the model given and the first training point",
+    ),
+    "nan of some": (lambda m, z: jnp.log(jnp.sum(m.bias) * 0), "is NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("case", OUTCOMES)
+def test_an_outcome_that_is_nan_is_refused(case):
+    outcome, words = OUTCOMES[case]
+    with pytest.raises(ValueError, match=words):
+        ix.subsampled_memorization(
+            risk(), linear_model(), ix.Newton(), key=jr.key(0), trials=40, outcome=outcome
+        )
+
+
+CHECKS = {
+    "points": (dict(points=0), "`points`.*got 0"),
+    "seed": (dict(seed="a"), "`seed`.*got 'a'"),
+    "trainer": (dict(trainer=3), "`trainer`.*got 3"),
+    "curvature": (dict(curvature=3), "curvature such as.*got 3"),
+}
+
+
+@pytest.mark.parametrize("case", CHECKS)
+def test_check_refuses_settings_before_it_works(case):
+    settings, words = CHECKS[case]
+    with pytest.raises(ValueError, match=words):
+        ix.testing.check(risk(), linear_model(), **settings)

@@ -1,7 +1,7 @@
 """Whether an influence computation can be trusted: measured findings, each with a remedy."""
 
 from .._checks import require_concrete
-from .._influence import Influence
+from .._influence import Influence, check_influence
 from .._response import TrainingRun
 from .base import Diagnosis, finite
 from .curvature import of_curvature
@@ -46,6 +46,7 @@ def diagnose(f: Influence) -> Diagnosis:
     directions stand for all, and the figures say so. A preconditioner adds the plain solve, at most that
     of ten others. Under `Unrolled`, 5 to 6 training runs, and n example gradients.
     """
+    check_influence("diagnose", f)
     require_concrete("diagnose", f)
     first = finite(f)
     if first.verdict == "bad":

@@ -162,6 +162,8 @@ def train_with_removal(
             f"`train_with_removal` takes steps of `influx.SGD(...)`, got {trainer!r}. With Newton() or "
             "LBFGS() use `prune`."
         )
+    if watch is not None and not callable(watch):
+        raise ValueError(f"`watch` must be a function of the model, or None; got {watch!r}.")
     warmup, every = check_whole("warmup", warmup), check_whole("every", every)
     require_concrete("train_with_removal", risk, model0)
     validate(risk, model0)

@@ -93,7 +93,18 @@ def check_tolerance(tolerance: float) -> float:
         raise ValueError(
             f"`tolerance` bounds the gradient norm and must be positive, got {tolerance!r}."
         )
-    return tolerance
+    return float(tolerance)
+
+
+def check_reachable(tolerance: float, dtype) -> None:
+    """Whether a gradient norm can fall below `tolerance` in this arithmetic."""
+    unit = float(np.finfo(dtype).eps)
+    if tolerance < unit / 100:
+        raise ValueError(
+            f"The trainer's tolerance, ‖∇J‖ < {tolerance:g}, is out of reach in {np.dtype(dtype)}, "
+            f"whose gradients stop near {unit:.0e}. Pass a larger one, such as `tolerance=1e-6`, or "
+            "compute in float64 (`jax_enable_x64`)."
+        )
 
 
 def count(name: str) -> Callable[[Any], int]:

@@ -13,6 +13,7 @@ from .._linalg import ravel
 from .base import (
     AbstractTrainer,
     Trained,
+    check_reachable,
     check_tolerance,
     count,
     flat,
@@ -42,7 +43,7 @@ class LBFGS(AbstractTrainer):
     history: int = eqx.field(default=20, converter=count("history"), static=True, kw_only=True)
 
     def init(self, objective, model, weights):
-        return None
+        check_reachable(self.tolerance, ravel(model)[0].dtype)
 
     def train(self, state, objective, model, weights):
         fn, theta, rebuild = flat(objective, model, weights)

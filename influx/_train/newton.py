@@ -14,6 +14,7 @@ from .._linalg import dot, products, ravel
 from .base import (
     AbstractTrainer,
     Trained,
+    check_reachable,
     check_tolerance,
     count,
     flat,
@@ -71,7 +72,7 @@ class Newton(AbstractTrainer):
             )
 
     def init(self, objective, model, weights):
-        return None
+        check_reachable(self.tolerance, ravel(model)[0].dtype)
 
     def train(self, state, objective, model, weights):
         fn, theta, rebuild = flat(objective, model, weights)
@@ -161,6 +162,7 @@ class Chord(AbstractTrainer):
         # The explicit inverse: under vmap it is one matrix product for all trainings, where two
         # triangular solves take several times as long. Its rounding errors do not reach the limit.
         fn, theta, _ = flat(objective, model, weights)
+        check_reachable(self.tolerance, theta.dtype)
         operator = lx.MatrixLinearOperator(hessian(fn, theta), _CURVED)
         solver = lx.Cholesky()
         state = solver.init(operator, {})

@@ -3,7 +3,7 @@ from typing import Literal
 
 import numpy as np
 
-from .._influence import Influence
+from .._influence import Influence, check_influence
 from .._measurement import Logit, Margin, Probability, check_class
 from .._validate import class_logits_shape, require_labels
 
@@ -40,6 +40,7 @@ def classification(
     **Source:** Kounavis, Dia & Ramazanli, arXiv:2305.16094 ("classification influence"); the
     definitions are this project's own.
     """
+    check_influence("classification", f)
     if kind not in ("probability", "logit", "margin"):
         raise ValueError(
             f'`kind` must be "probability", "logit" or "margin", got {kind!r}. For anything else '

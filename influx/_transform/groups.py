@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._checks import is_concrete
 from .._data import checked_masks
-from .._influence import Influence
+from .._influence import Influence, check_influence
 from .._scale import Unscaled
 
 
@@ -61,6 +61,7 @@ def groups(
     Effects", arXiv:1905.13289; Basu, You & Feizi, "On Second-Order Group Influence Functions for
     Black-Box Predictions", arXiv:1911.00418.
     """
+    check_influence("groups", f)
     masks = checked_masks(masks, f.risk.n, "groups")
     if is_concrete(masks) and not np.isfinite(np.asarray(masks)).all():
         raise ValueError("`masks` has NaN or infinite entries. 1 is a member, 0 is none.")

@@ -2,7 +2,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .._influence import Influence
+from .._influence import Influence, check_influence
 from .._measurement import AbstractMeasurement, Custom
 
 
@@ -23,6 +23,7 @@ def measure(f: Influence, fn: Callable[[Any, Any], Any] | AbstractMeasurement) -
     **Raises:** `ValueError` where `fn` is not callable; on the first call, where it returns no real
     scalar or vector.
     """
+    check_influence("measure", f)
     if isinstance(fn, AbstractMeasurement):
         return replace(f, measurement=fn)
     if not callable(fn):

@@ -2,7 +2,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .._effect import Derivative
-from .._influence import Influence
+from .._influence import Influence, check_influence
 from .._scale import AbstractScale, BySize, Cosine, Reference, sizes
 
 
@@ -34,6 +34,7 @@ def relative(
     **Source:** Barshan, Brunet & Dziugaite, "RelatIF: Identifying Explanatory Training Examples via
     Relative Influence", arXiv:2003.11630, for "loss" and "parameters".
     """
+    check_influence("relative", f)
     if not isinstance(f.effect, Derivative):
         raise ValueError(
             "Relative influence divides a derivative; a predicted change on removal has a unit of its "
@@ -72,4 +73,5 @@ def self_influence(f: Influence):
 
     **Source:** Koh & Liang, arXiv:1703.04730; Feldman & Zhang, arXiv:2008.03703.
     """
+    check_influence("self_influence", f)
     return -sizes(f.response, "self")

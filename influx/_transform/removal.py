@@ -2,7 +2,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .._effect import FirstOrder, Newton
-from .._influence import Influence
+from .._influence import Influence, check_influence
 from .._scale import Unscaled
 
 
@@ -26,6 +26,7 @@ def removal(f: Influence, kind: Literal["first-order", "newton"] = "first-order"
     **Source:** Koh & Liang, arXiv:1703.04730 (first order); Pregibon, "Logistic regression
     diagnostics" (1981) and Beirami et al., arXiv:1711.05323 (one Newton step).
     """
+    check_influence("removal", f)
     effects = {"first-order": FirstOrder, "newton": Newton}
     if kind not in tuple(effects):
         raise ValueError(f'`kind` must be "first-order" or "newton", got {kind!r}.')

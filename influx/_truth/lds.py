@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._checks import check_chunk
+from .._checks import check_chunk, require_concrete
 from .._chunks import chunk_length, chunked_map
 from .._data import real_array
 from .._linalg import dot
@@ -66,6 +66,7 @@ def lds(
     arXiv:2303.14186; the crossed standard error: Owen, "The pigeonhole bootstrap", arXiv:0712.1111.
     """
     chunk_size = check_chunk(chunk_size)
+    require_concrete("lds", scores, masks, outcomes)
     scores, masks, outcomes = _checked(scores, masks, outcomes)
     predicted = dot(scores, masks.T)
     actual = outcomes.T
@@ -136,6 +137,11 @@ def _checked(scores, masks, outcomes) -> tuple[Array, Array, Array]:
                 f"`{name}` is NaN or infinite at {np.argwhere(~np.isfinite(x))[0].tolist()}. Leave "
                 "that query or mask out (relative influence is NaN where it is undefined)."
             )
+    if (masks < 0).any():
+        raise ValueError(
+            f"`masks` multiply data weights and must be at least 0, got {masks.min()} at "
+            f"{np.argwhere(masks < 0)[0].tolist()}. 1 keeps a point, 0 erases it."
+        )
     dtype = jnp.result_type(float)
     as_array = lambda x: jnp.asarray(x.astype(dtype))
     return as_array(scores), as_array(masks), as_array(outcomes)

@@ -3,12 +3,12 @@ from typing import Any
 
 from jaxtyping import Array, PyTree
 
-from .._checks import require_concrete
+from .._checks import check_indices, require_concrete
 from .._custom_types import Model
 from .._risk import EmpiricalRisk
 from .._train import AbstractTrainer
 from .._validate import validate
-from .retrain import check_indices, erase, retrain
+from .retrain import erase, retrain
 
 
 def leave_one_out(

@@ -10,13 +10,13 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from .._checks import check_damping, require_concrete
+from .._checks import check_damping, check_indices, require_concrete
 from .._custom_types import Model, Scalar, ScalarLike
 from .._linalg import ravel
 from .._risk import EmpiricalRisk
 from .._train import Newton
 from .._validate import validate
-from .retrain import check_indices, check_settings, erase, retrain
+from .retrain import check_settings, erase, retrain
 
 
 def pbrf(

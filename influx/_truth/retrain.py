@@ -112,22 +112,3 @@ def check_settings(trainer, outcome, chunk_size: int | None) -> None:
             f"`outcome` must be a function of the retrained model, got {outcome!r}. "
             "None answers its parameters."
         )
-
-
-def check_indices(indices, n: int) -> Array:
-    """Points as an array of indices 0…n−1; `None` means all."""
-    if indices is None:
-        return jnp.arange(n)
-    indices = np.asarray(indices)
-    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(
-            f"`indices` must be a list of whole numbers, got shape {indices.shape} of "
-            f"{indices.dtype}. For one point write `[i]`, for a mask `np.flatnonzero(mask)`."
-        )
-    bad = indices[(indices < 0) | (indices >= n)]
-    if bad.size:
-        raise ValueError(
-            f"`indices` must lie in 0…{n - 1} (there are {n} training points), got {bad[0]}."
-            + (f" Do you mean {bad[0] + n}?" if -n <= bad[0] < 0 else "")
-        )
-    return jnp.asarray(indices)

@@ -125,7 +125,18 @@ def subsampled_memorization(
         outcome=_Outcomes(of_example, risk.data, queries),
         chunk_size=chunk_size,
     )
+    for name, values in {"a training point": own, "a query": watched}.items():
+        bad = [] if values is None else np.flatnonzero(~np.isfinite(_flat(values)).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"`outcome` is NaN or infinite at {name} for {len(bad)} of the {len(masks)} trained "
+                f"models, the first that of subset {bad[0]}. Look for log(0), 0/0 or overflow in it."
+            )
     return _estimated(own, watched, inside)
+
+
+def _flat(values: Array) -> np.ndarray:
+    return np.asarray(values).reshape(len(values), -1)
 
 
 class _OfLogits(eqx.Module):
@@ -173,8 +184,14 @@ _NAMED = {"correct": _correct, "probability": _probability, "margin": _margin}
 
 def _of_example(risk: EmpiricalRisk, model0: Model, outcome: Any) -> Callable:
     if isinstance(outcome, str) and outcome in _NAMED:
-        class_logits_shape(risk, model0)
-        require_labels(risk)
+        try:
+            class_logits_shape(risk, model0)
+            require_labels(risk)
+        except ValueError as error:
+            raise ValueError(
+                f"`outcome={outcome!r}` is a classifier's, of one label an example: {error} Pass "
+                "`outcome=` a function of (model, example), where more is better."
+            ) from error
         return _OfLogits(_NAMED[outcome], risk.loss, risk.predict)
     if not callable(outcome):
         raise ValueError(
@@ -183,6 +200,11 @@ def _of_example(risk: EmpiricalRisk, model0: Model, outcome: Any) -> Callable:
         )
     of_first = lambda model: jnp.asarray(outcome(risk.whole(model), take(risk.data, 0)))
     answer = eqx.filter_eval_shape(of_first, model0)
+    if not bool(jnp.all(jnp.isfinite(of_first(model0)))):
+        raise ValueError(
+            "`outcome` is NaN or infinite for the model given and the first training point. Look for "
+            "log(0), 0/0 or overflow in it."
+        )
     if len(answer.shape) > 1 or not jnp.issubdtype(answer.dtype, jnp.floating):
         raise ValueError(
             f"`outcome` must answer a floating-point number, or a vector of them, for (model, example); "
