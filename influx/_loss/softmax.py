@@ -229,7 +229,7 @@ def _checked_class_weights(class_weights) -> Float[Array, " C"]:
     values = class_weights if isinstance(class_weights, jax.Array) else np.asarray(class_weights)
     number = jnp.issubdtype(values.dtype, jnp.floating) or jnp.issubdtype(values.dtype, jnp.integer)
     positive = lambda: bool(
-        np.all(np.isfinite(values) & (np.asarray(values) >= 0)) and np.any(values)
+        np.all(np.isfinite(values) & (np.asarray(values) >= 0)) and np.asarray(values).any()
     )
     if not number or values.ndim != 1 or (is_concrete(values) and not positive()):
         raise ValueError(
