@@ -90,6 +90,21 @@ TOKENS = jnp.array([3, 1, 3, 6])
 ATTENTION = eqx.nn.MultiheadAttention(2, 4, use_query_bias=True, key=KEY)
 KRONECKER, EXACT, ONE_HOT = "Kronecker", "exact", "Kronecker, one-hot input"
 
+POOLED = [eqx.nn.Conv2d(2, 3, 3, padding=1, key=KEY), eqx.nn.Conv2d(3, 2, 2, key=KEY)]
+POOL = [KRONECKER] * 2
+
+
+def pooled(window, **kwargs):
+    """A convolution, a pool of its values rounded (so that windows tie), a convolution."""
+    pool = eqx.nn.MaxPool2d(window, **kwargs)
+
+    def fn(layers, x):
+        z = layers[0](x)
+        return layers[1](pool(z + jax.lax.stop_gradient(jnp.round(z) - z)))
+
+    return fn
+
+
 # model, input, and the treatment of each of its layers
 PROGRAMS = {
     "MLP": (eqx.nn.MLP(3, 2, 5, 2, key=KEY), normal(3), [KRONECKER] * 3),
@@ -137,6 +152,22 @@ PROGRAMS = {
         Uses(eqx.nn.Conv2d(2, 4, 3, key=KEY), every),
         normal(3, 2, 6, 7),
         [KRONECKER],
+    ),
+    "MaxPool2d": (Uses(POOLED, pooled((2, 2), stride=2)), normal(2, 8, 8), POOL),
+    "MaxPool2d overlapping, padded": (
+        Uses(POOLED, pooled((3, 2), stride=(2, 1), padding=(1, 0))),
+        normal(2, 8, 7),
+        POOL,
+    ),
+    "MaxPool2d ceiling": (
+        Uses(POOLED, pooled((2, 2), stride=2, use_ceil=True)),
+        normal(2, 7, 7),
+        POOL,
+    ),
+    "maximum of all": (
+        Uses(POOLED[:1], lambda p, x: eqx.nn.AdaptiveMaxPool2d(1)(p[0](x))),
+        normal(2, 6, 6),
+        POOL[:1],
     ),
     "Embedding": (table(), jnp.array(3), [ONE_HOT]),
     "Embedding vmapped": (Uses(table(), every), TOKENS, [ONE_HOT]),

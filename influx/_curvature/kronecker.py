@@ -87,6 +87,15 @@ class EigenBlock(eqx.Module):
             return Rows(left, rows.right)
         return Rows(left, einsum("...str,srq->...stq", rows.right, self.right))
 
+    def gradient(self, rows: Rows) -> Float[Array, "k S l r"]:
+        """The gradient of one example's rows in the eigenbasis: its rows rotated, where they are few."""
+        _, l, r = self.layer.shape
+        k, places = rows.left.shape[0], rows.left.shape[-2]
+        of_rows = places * (k * l * l + rows.right.shape[0] * r * r)
+        if not rows.indexed and of_rows <= k * l * r * (l + r):
+            return self.rotate_rows(rows).gradient(self.layer.shape)
+        return self.rotate(rows.gradient(self.layer.shape))
+
 
 def _transposed(basis):
     return None if basis is None else basis.swapaxes(-1, -2)

@@ -10,7 +10,7 @@ from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows
 from .fisher import Fisher
 from .ggn import GaussNewton
-from .kronecker import Kronecker
+from .kronecker import EigenBlock, Kronecker
 from .kronecker_factors import chunk_of, examples, fisher_rows, watched
 
 
@@ -40,7 +40,7 @@ def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, mo
     def block(args):
         data, i, weights = args
         pairs = zip(blocks, rows(data, i))
-        return [_squares(b.layer, b.rotate_rows(row), weights) for b, row in pairs]
+        return [_squares(b, row, weights) for b, row in pairs]
 
     def gradient_size(layer, row):
         return 0 if row.right.shape[-2] == 1 else 2 * row.left.shape[1] * layer.size
@@ -49,21 +49,16 @@ def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, mo
     return [total / risk.n for total in chunked_sum(block, examples(risk), chunk)]
 
 
-def _squares(layer: Layer, rows: Rows, weights):
-    """Σ wᵢ (Σ_t left ⊗ right)² over examples and cotangents, [S, l, r]."""
+def _squares(block: EigenBlock, rows: Rows, weights):
+    """Σ wᵢ (Q_lᵀ (Σ_t left ⊗ right) Q_r)² over examples and cotangents, [S, l, r]."""
     if rows.indexed:
-        return _squares_of_table(layer, rows, weights)
+        return _squares_of_table(block.layer, block.rotate_rows(rows), weights)
     if rows.left.shape[-2] == 1 and rows.right.shape[1] == 1:
+        rows = block.rotate_rows(rows)
         left = jnp.sum(jnp.square(rows.left[:, :, :, 0]), axis=1)  # [b, S, l]
         right = jnp.square(rows.right[:, 0, :, 0])
         return einsum("b,bsl,bsr->slr", weights, left, right)
-    left = jnp.sqrt(weights)[:, None, None, None, None] * rows.left
-    gradients = einsum("bkstl,bkstr->bkslr", left, _repeat(rows.right, rows.left.shape[1]))
-    return jnp.sum(jnp.square(gradients), axis=(0, 1))
-
-
-def _repeat(right, k: int):
-    return jnp.broadcast_to(right, (right.shape[0], k, *right.shape[2:]))
+    return einsum("b,bkslr->slr", weights, jnp.square(jax.vmap(block.gradient)(rows)))
 
 
 def _squares_of_table(layer: Layer, rows: Rows, weights):

@@ -76,7 +76,7 @@ class Gradients(AbstractPrepared):
 
     def products(self, block, rows):
         rows = jax.vmap(block.rotate_rows)(rows) if self.rotated else rows
-        gradients = jax.vmap(lambda row: _gradient(block.layer, row)[0])(rows)
+        gradients = jax.vmap(lambda row: row.gradient(block.layer.shape)[0])(rows)
         return einsum("kslr,bslr->kb", self.matrix, gradients)
 
 
@@ -88,7 +88,7 @@ class Coordinates(AbstractPrepared):
 
     def products(self, block, rows):
         rows = jax.vmap(block.rotate_rows)(rows)
-        gradients = jax.vmap(lambda row: _gradient(block.layer, row)[0])(rows)
+        gradients = jax.vmap(lambda row: row.gradient(block.layer.shape)[0])(rows)
         return einsum("kc,bc->kb", self.values, _at(gradients, block.kept))
 
 
@@ -293,7 +293,7 @@ def _prepared(block: EigenBlock, rows: Rows, way: str) -> AbstractPrepared:
         p, q = block.terms
         size = einsum("ksl,slr,sr->k", jnp.square(left), block.inverse, jnp.square(right))
         return Terms(left[:, :, None, :] * p[None], right[:, None, :] * q, size)
-    inside = _in_eigenbasis(block, rows)
+    inside = block.gradient(rows)
     size = jnp.sum(jnp.square(inside) * block.inverse[None], axis=(1, 2, 3))
     exact = block.terms is not None and not rows.is_rank_one
     solved = inside * (block.inverse if exact else block.scored_inverse)[None]
@@ -307,27 +307,8 @@ def _at(matrices: Float[Array, "k S l r"], kept) -> Float[Array, "k c"]:
     return jnp.take(matrices.reshape(matrices.shape[0], -1), kept, axis=1)
 
 
-def _in_eigenbasis(block: EigenBlock, rows: Rows) -> Float[Array, "k S l r"]:
-    """The gradient, rotated: its rows first, where they are few."""
-    _, l, r = block.layer.shape
-    if not rows.indexed and rows.left.shape[-2] * (l * l + r * r) <= l * r * (l + r):
-        return _gradient(block.layer, block.rotate_rows(rows))
-    return block.rotate(_gradient(block.layer, rows))
-
-
 def _rank_one(rows: Rows) -> tuple[Float[Array, "k S l"], Float[Array, "S r"]]:
     return rows.left[:, :, 0], rows.right[0, :, 0]
-
-
-def _gradient(layer: Layer, rows: Rows) -> Float[Array, "k S l r"]:
-    """Σ_t left ⊗ right."""
-    if rows.indexed:
-        _, l, r = layer.shape
-        at = lambda i, x: jnp.zeros((r, l), x.dtype).at[i].add(x, mode="drop")
-        return jax.vmap(lambda x: jax.vmap(at)(rows.right[0], x))(rows.left).swapaxes(2, 3)
-    k = rows.left.shape[0]
-    right = jnp.broadcast_to(rows.right, (k, *rows.right.shape[1:]))
-    return einsum("kstl,kstr->kslr", rows.left, right)
 
 
 def _columns(matrix: Float[Array, "k S l r"], ids) -> Float[Array, "k S l T"]:
@@ -342,5 +323,5 @@ def _own(block: EigenBlock, m: Rows, g: Rows, power: int) -> Float[Array, " k"]:
     if m.is_rank_one and g.is_rank_one:
         (lm, rm), (lg, rg) = _rank_one(block.rotate_rows(m)), _rank_one(block.rotate_rows(g))
         return einsum("ksl,slr,sr->k", lm * lg, by, rm * rg)
-    rotated = [_in_eigenbasis(block, rows) for rows in (m, g)]
+    rotated = [block.gradient(rows) for rows in (m, g)]
     return jnp.sum(rotated[0] * rotated[1] * by[None], axis=(1, 2, 3))

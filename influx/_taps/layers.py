@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .._linalg import einsum
 from .program import Reading, Use
 from .tap import Tap
 from .view import View
@@ -38,6 +39,15 @@ class Rows(NamedTuple):
     def is_rank_one(self) -> bool:
         """Whether the gradient of one example is left ⊗ right: no sum over places."""
         return not self.indexed and self.left.shape[-2] == 1 and self.right.shape[-4] == 1
+
+    def gradient(self, shape: tuple[int, int, int]) -> Float[Array, "k S l r"]:
+        """Σ_t left ⊗ right, for a layer of this shape [S, l, r]."""
+        if self.indexed:
+            _, l, r = shape
+            at = lambda i, x: jnp.zeros((r, l), x.dtype).at[i].add(x, mode="drop")
+            return jax.vmap(lambda x: jax.vmap(at)(self.right[0], x))(self.left).swapaxes(2, 3)
+        right = jnp.broadcast_to(self.right, (self.left.shape[0], *self.right.shape[1:]))
+        return einsum("kstl,kstr->kslr", self.left, right)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A program read for its linear uses of parameters, and run with each of them watched."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,10 @@ from jaxtyping import Array
 from .rules import RULES
 from .tap import Tap
 from .view import Made, Spread, View
+from .windows import max_pool
+
+# Windows of more entries than this are not taken apart: each is a slice in the program.
+_LARGEST_POOL = 64
 
 Role = View | Spread | Made | None
 _ELEMENTWISE = ("add", "sub", "mul", "div", "add_any")
@@ -223,7 +228,10 @@ def run(
         if number in reading.at:
             tap = reading.at[number]
             activations.append(tap.activation(operands))
-            (out,) = _apply(program, equation, operands)
+            if tap.output is None:
+                (out,) = _apply(program, equation, operands)
+            else:
+                out = tap.output(activations[-1], operands)
             outs = [out + waiting.pop(0)]
         elif number in reading.inner:
             inner = reading.inner[number]
@@ -231,10 +239,19 @@ def run(
             go = _run_scan if equation.primitive.name == "scan" else _run_call
             outs, seen = go(equation, inner, operands, here)
             activations += seen
+        elif _is_max_pool(equation):
+            outs = [max_pool(operands[0], equation.params)]
         else:
             outs = _apply(program, equation, operands)
         values.update(zip(equation.outvars, outs))
     return [value(v) for v in program.outvars], activations
+
+
+def _is_max_pool(equation) -> bool:
+    if equation.primitive.name != "reduce_window_max":
+        return False
+    floating = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
+    return floating and math.prod(equation.params["window_dimensions"]) <= _LARGEST_POOL
 
 
 def _apply(program: Jaxpr, equation, operands) -> list[Array]:

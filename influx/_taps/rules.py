@@ -10,8 +10,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from .._linalg import einsum
 from .tap import Tap
 from .view import View
+from .windows import offsets
 
 Rule = Callable[[Any, int, View, int], tuple[Tap, np.ndarray | None] | None]
 
@@ -60,49 +62,46 @@ def convolution(equation, operand: int, view: View, key: int):
     o, i = view.shape[numbers.rhs_spec[0]], view.shape[numbers.rhs_spec[1]]
     out = equation.outvars[0].aval
     to_rows = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-    r = i * math.prod(kernel)
+    # Channels last: a window's rows are then copied by runs of them.
+    axes = (numbers.rhs_spec[0], *numbers.rhs_spec[2:], numbers.rhs_spec[1])
+    l, r = o // S, i * math.prod(kernel)
 
     def activation(operands):
-        rows = _windows(operands[0], kernel, params)  # [N, *places, channels, *kernel]
-        rows = rows.reshape(-1, S, r)
-        return rows.transpose(1, 0, 2)
+        x = operands[0].transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+        rows = jnp.stack(_windows_of(x, kernel, params), axis=-2)  # [N, *places, kernel, channels]
+        rows = rows.reshape(-1, math.prod(kernel), S, i)
+        return rows.transpose(2, 0, 1, 3).reshape(S, -1, r)
 
     def cotangent(g):
-        return g.transpose(*to_rows).reshape(-1, S, o // S).transpose(1, 0, 2)
+        return g.transpose(*to_rows).reshape(-1, S, l).transpose(1, 0, 2)
+
+    def output(rows, operands):
+        made = einsum("str,slr->tsl", rows, operands[1].transpose(axes).reshape(S, l, r))
+        made = made.reshape(*(out.shape[a] for a in to_rows)).astype(out.dtype)
+        return made.transpose(*np.argsort(to_rows))
 
     tap = Tap(
         key=key,
         view=view,
-        axes=tuple(numbers.rhs_spec),
-        matrix_shape=(S, o // S, r),
+        axes=axes,
+        matrix_shape=(S, l, r),
         activation=activation,
         cotangent=cotangent,
         struct=jax.ShapeDtypeStruct(out.shape, out.dtype),
+        output=output,
     )
     channel = [1] * out.ndim
     channel[numbers.out_spec[1]] = o
     return tap, np.broadcast_to(np.arange(o).reshape(channel), out.shape)
 
 
-def _windows(x: Array, kernel: tuple[int, ...], params) -> Array:
-    """The input under each place of the kernel, [N, *places, channels, *kernel], by slices: exact."""
-    numbers = params["dimension_numbers"]
-    x = x.transpose(*numbers.lhs_spec)  # [N, channels, *spatial]
-    gaps = [(0, 0, 0), (0, 0, 0)]
-    gaps += [(*pad, d - 1) for pad, d in zip(params["padding"], params["lhs_dilation"])]
-    x = lax.pad(x, jnp.zeros((), x.dtype), gaps)
-    strides, dilation = params["window_strides"], params["rhs_dilation"]
-    places = [
-        (size - (k - 1) * d - 1) // s + 1
-        for size, k, d, s in zip(x.shape[2:], kernel, dilation, strides)
-    ]
-    parts = []
-    for offset in np.ndindex(*kernel):
-        start = [k * d for k, d in zip(offset, dilation)]
-        stop = [a + (p - 1) * s + 1 for a, p, s in zip(start, places, strides)]
-        parts.append(lax.slice(x, (0, 0, *start), (*x.shape[:2], *stop), (1, 1, *strides)))
-    stacked = jnp.stack(parts, axis=-1)  # [N, channels, *places, kernel]
-    return jnp.moveaxis(stacked, 1, -2)
+def _windows_of(x: Array, kernel: tuple[int, ...], params) -> list[Array]:
+    """What the places of an input [N, *spatial, channels] see of it: for each offset in the kernel one
+    array [N, *places, channels]."""
+    ends, inside = ((0, 0, 0),), zip(params["padding"], params["lhs_dilation"])
+    x = lax.pad(x, jnp.zeros((), x.dtype), (*ends, *((*pad, d - 1) for pad, d in inside), *ends))
+    one = lambda sizes: (1, *sizes, 1)
+    return offsets(x, one(kernel), one(params["window_strides"]), one(params["rhs_dilation"]))
 
 
 def gather(equation, operand: int, view: View, key: int):

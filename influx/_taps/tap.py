@@ -24,6 +24,7 @@ class Tap:
       the places of one-hot rows
     - `cotangent`: an array like the operation's output ↦ [S, T, l]
     - `struct`: shape and dtype of that output
+    - `output`: activations and operands ↦ that output, where this is cheaper than the operation itself
     """
 
     key: int
@@ -34,6 +35,7 @@ class Tap:
     cotangent: Callable[[Array], Array]
     struct: jax.ShapeDtypeStruct
     indexed: bool = False
+    output: Callable[[Array, Sequence[Array]], Array] | None = None
 
     def matrix(self, leaf):
         """The parameter leaf, an array of NumPy or JAX, as matrices [S, l, r]."""
