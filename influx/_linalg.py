@@ -49,3 +49,11 @@ def dot(a: Array, b: Array) -> Array:
 def einsum(subscripts: str, *operands: Array) -> Array:
     """`jnp.einsum` at full precision."""
     return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+def each_times(rows: Array, matrices: Array) -> Array:
+    """Rows [..., S, t, d] times one matrix each of [S, d, e]: a plain product where S is 1, of which
+    XLA would make a batch of one, and take longer."""
+    if matrices.shape[0] == 1:
+        return dot(rows, matrices[0])
+    return einsum("...std,sde->...ste", rows, matrices)

@@ -200,12 +200,12 @@ def _checked_tolerance(tolerance: float) -> float:
 
 
 def _near(block: EigenBlock, penalties, once: bool, tolerance: float) -> EigenBlock:
-    """The block with its inverse as few terms, where gradients are outer products and terms are few, or
-    else at few coordinates."""
-    terms = low_rank(block, tolerance) if once else block
-    if terms.terms is not None or block.layer.size < _SMALLEST:
-        return terms
-    return truncated(block, penalties, tolerance)
+    """The block with its inverse as few terms, where gradients are outer products, or at few
+    coordinates: whichever takes fewer products a pair."""
+    found = [low_rank(block, tolerance)] if once else []
+    if block.layer.size >= _SMALLEST:
+        found.append(truncated(block, penalties, tolerance))
+    return min(found, key=lambda near: near.products, default=block)
 
 
 def _check_positive(block: EigenBlock, penalty) -> None:

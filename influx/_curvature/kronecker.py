@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
 from .._custom_types import Model
-from .._linalg import einsum
+from .._linalg import each_times, einsum
 from .._taps import Layer, Rows, Rules
 from .base import AbstractFactored
 
@@ -50,6 +50,13 @@ class EigenBlock(eqx.Module):
         return self.inverse
 
     @property
+    def products(self) -> int:
+        """How many products of two numbers a score of two gradients takes."""
+        if self.terms is not None:
+            return sum(side.size for side in self.terms)
+        return self.layer.size if self.kept is None else self.kept.size
+
+    @property
     def exact(self) -> "EigenBlock":
         """The block without its tolerance."""
         return replace(self, terms=None, kept=None)
@@ -80,12 +87,9 @@ class EigenBlock(eqx.Module):
 
     def rotate_rows(self, rows: Rows) -> Rows:
         """The rows of a gradient in the eigenbasis; one-hot rows only where Q_r is the identity."""
-        left = (
-            rows.left if self.left is None else einsum("...stl,slm->...stm", rows.left, self.left)
-        )
-        if self.right is None:
-            return Rows(left, rows.right)
-        return Rows(left, einsum("...str,srq->...stq", rows.right, self.right))
+        left = rows.left if self.left is None else each_times(rows.left, self.left)
+        right = rows.right if self.right is None else each_times(rows.right, self.right)
+        return Rows(left, right)
 
     def gradient(self, rows: Rows) -> Float[Array, "k S l r"]:
         """The gradient of one example's rows in the eigenbasis: its rows rotated, where they are few."""
@@ -106,7 +110,7 @@ def _left(matrix, basis):
 
 
 def _right(matrix, basis):
-    return matrix if basis is None else einsum("...slr,srq->...slq", matrix, basis)
+    return matrix if basis is None else each_times(matrix, basis)
 
 
 class Kronecker(AbstractFactored):

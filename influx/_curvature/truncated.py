@@ -1,5 +1,7 @@
 """The inverse eigenvalues of a layer at few coordinates, so that scores are sums over those."""
 
+import math
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
     Where damping or penalty outweighs Λ_c a coordinate hardly counts. Those that count least are left
     out: their share is the squared relative root mean square error of scores, kept below `tolerance`².
     A gradient need not be an outer product: W may be shared between places. Their number is rounded up
-    to a half, a quarter, an eighth … of all, so that a refit seldom means another program.
+    to a half, a third, a quarter, a sixth … of all, so that a refit seldom means another program.
     """
     curved = np.maximum(np.asarray(block.values - penalties, np.float64), 0)
     weights = np.square(curved * np.asarray(block.inverse, np.float64)).ravel()
@@ -24,8 +26,14 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
     # left[c] is what c coordinates leave out.
     left = np.append(np.cumsum(weights[order][::-1])[::-1], 0.0)
     count = max(1, int(np.argmax(left <= tolerance**2 * left[0])))
-    halvings = int(np.log2(weights.size / count))
-    if halvings == 0:  # to pick them would cost more than they save
+    enough = [size for size in _sizes(weights.size) if size >= count]
+    if not enough:  # to pick more than half of them would cost more than they save
         return block
-    kept = jnp.asarray(np.sort(order[: -(-weights.size // 2**halvings)]), jnp.int32)
+    kept = jnp.asarray(np.sort(order[: enough[-1]]), jnp.int32)
     return eqx.tree_at(lambda b: b.kept, block, kept, is_leaf=lambda x: x is None)
+
+
+def _sizes(size: int) -> list[int]:
+    """A half of `size`, a third, a quarter, a sixth …: down to 1, the largest first."""
+    halvings = range(1, size.bit_length() + 1)
+    return [math.ceil(part * size / 2**k) for k in halvings for part in (1, 2 / 3)]

@@ -75,8 +75,8 @@ class Gradients(AbstractPrepared):
     rotated: bool = eqx.field(static=True)
 
     def products(self, block, rows):
-        rows = jax.vmap(block.rotate_rows)(rows) if self.rotated else rows
-        gradients = jax.vmap(lambda row: row.gradient(block.layer.shape)[0])(rows)
+        of = block.gradient if self.rotated else lambda row: row.gradient(block.layer.shape)
+        gradients = jax.vmap(lambda row: of(row)[0])(rows)
         return einsum("kslr,bslr->kb", self.matrix, gradients)
 
 
@@ -87,8 +87,7 @@ class Coordinates(AbstractPrepared):
     size: Float[Array, " k"]
 
     def products(self, block, rows):
-        rows = jax.vmap(block.rotate_rows)(rows)
-        gradients = jax.vmap(lambda row: row.gradient(block.layer.shape)[0])(rows)
+        gradients = jax.vmap(lambda row: block.gradient(row)[0])(rows)
         return einsum("kc,bc->kb", self.values, _at(gradients, block.kept))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from .._linalg import einsum
+from .._linalg import each_times
 from .tap import Tap
 from .view import View
 from .windows import offsets
@@ -76,7 +76,8 @@ def convolution(equation, operand: int, view: View, key: int):
         return g.transpose(*to_rows).reshape(-1, S, l).transpose(1, 0, 2)
 
     def output(rows, operands):
-        made = einsum("str,slr->tsl", rows, operands[1].transpose(axes).reshape(S, l, r))
+        matrices = operands[1].transpose(axes).reshape(S, l, r)
+        made = each_times(rows, matrices.swapaxes(1, 2)).swapaxes(0, 1)
         made = made.reshape(*(out.shape[a] for a in to_rows)).astype(out.dtype)
         return made.transpose(*np.argsort(to_rows))
 
