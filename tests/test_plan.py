@@ -133,7 +133,7 @@ def temporaries(f: ix.Influence, queries) -> int:
 def test_a_memory_limit_is_kept_and_changes_no_score(name):
     risk, model, queries = wide_problem()
     whole = handle(name)(queries)
-    limit = 2 * 10**6
+    limit = 10**6 if name == "EKFAC, terms" else 2 * 10**6  # below what each takes without one
     f = ix.influence(risk, model, CURVATURES[name], memory=limit)
     planned = ix.plan(f, queries)
     assert planned.queries < 60 or planned.training_points < 300
