@@ -52,8 +52,8 @@ def einsum(subscripts: str, *operands: Array) -> Array:
 
 
 def each_times(rows: Array, matrices: Array) -> Array:
-    """Rows [..., S, t, d] times one matrix each of [S, d, e]: a plain product where S is 1, of which
-    XLA would make a batch of one, and take longer."""
+    """Rows [..., S, t, d] times one matrix each of [S, d, e]. Where S is 1 a plain product: XLA is
+    slower on a batch of one."""
     if matrices.shape[0] == 1:
         return dot(rows, matrices[0])
     return einsum("...std,sde->...ste", rows, matrices)

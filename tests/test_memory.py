@@ -10,6 +10,7 @@ import influx as ix
 from influx._curvature.diagonal import _diagonal
 from influx._curvature.ggn import gauss_newton_matrix
 from influx._curvature.hessian import _hessian_matrix
+from influx._curvature.kronecker_factors import factors
 from influx._curvature.subspace import _restricted
 from influx._linalg import ravel
 from influx._train.base import flat
@@ -50,6 +51,34 @@ def network(outputs: int):
     model = eqx.nn.MLP(4, outputs, 12, 1, activation=jax.nn.gelu, key=jr.key(0))
     data = jr.normal(jr.key(1), (N, 4)), jr.randint(jr.key(2), (N,), 0, outputs)
     return ix.EmpiricalRisk(data, ix.SoftmaxCrossEntropy(), l2=1e-2), model
+
+
+class Convolutions(eqx.Module):
+    """Many classes, and a wide kernel behind another convolution."""
+
+    layers: list
+
+    def __init__(self, key):
+        a, b, c = jr.split(key, 3)
+        self.layers = [
+            eqx.nn.Conv2d(1, 4, 3, padding=1, key=a),
+            eqx.nn.Conv2d(4, 4, 5, padding=2, key=b),
+            eqx.nn.Conv2d(4, 40, 8, key=c),
+        ]
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = jax.nn.gelu(layer(x))
+        return self.layers[-1](x).reshape(-1)
+
+
+def test_kronecker_factors_of_convolutions_stay_within_the_byte_budget(monkeypatch):
+    """A cotangent of every window's entry, for each of 39 of the output, would take eight."""
+    monkeypatch.setattr("influx._chunks.BYTE_BUDGET", 4 * BUDGET)
+    data = jr.normal(jr.key(1), (200, 1, 8, 8)), jr.randint(jr.key(2), (200,), 0, 40)
+    risk, model = ix.EmpiricalRisk(data, ix.SoftmaxCrossEntropy()), Convolutions(jr.key(0))
+    fit = lambda risk, model: factors(ix.GaussNewton(), "expand", risk, model)
+    assert temporaries(fit, risk, model) <= 4 * BUDGET
 
 
 @pytest.mark.parametrize("path", DENSE)

@@ -267,6 +267,16 @@ def test_layers_hold_every_parameter_once_with_the_gradient_of_reverse_mode(name
     np.testing.assert_array_equal(np.sort(held), np.arange(next(numbers)))
 
 
+def test_a_convolution_that_adds_up_in_more_digits_than_it_reads_is_left_as_it_is():
+    def half(w, x):
+        narrow = (x.astype(jnp.bfloat16)[None], w.astype(jnp.bfloat16))
+        return jax.lax.conv(*narrow, (1, 1), "VALID", preferred_element_type=jnp.float32)[0]
+
+    w, x = normal(3, 40, 3, 3), normal(40, 5, 5)
+    value, _ = Watched(lambda m, z: m(z), Uses(w, half), x).rows(x, lambda o: o[None])
+    np.testing.assert_array_equal(value, half(w, x))
+
+
 def test_a_bias_stands_with_its_weight_where_it_is_only_added_to_what_that_makes():
     names = lambda model, x: [w.paths for w in Watched(lambda m, z: m(z), model, x).layers]
     assert names(linear(), normal(3)) == [(".weight", ".bias")]

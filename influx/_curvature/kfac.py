@@ -135,10 +135,11 @@ class KFAC(AbstractKroneckerFactored):
       tr F(F + diag l2 + λI)⁻¹ is at most n: one direction a point, a rule of thumb (K outputs may
       decide up to nK), held to retraining in `docs/how-to-choose.md`.
     - `tolerance`: relative root mean square error aimed at for a layer's scores, 0 for none: layers
-      applied once an example are then scored by few products of small matrices (theory: §4), others by
-      the coordinates of their eigenbasis that outweigh l2 and damping. A target, not a bound: met where
-      coordinates of gradients are uncorrelated, independent between the two factors, and of the
-      curvature's own second moments (P13e); `self_influence` and the scales of `relative` stay exact.
+      are then scored at the coordinates of their eigenbasis that outweigh l2 and damping, or, applied
+      once an example, by few products of small matrices (theory: §4), whichever takes fewer products.
+      A target, not a bound: met where coordinates of gradients are uncorrelated, independent between
+      the two factors, and of the curvature's own second moments (P13e); `self_influence` and the scales
+      of `relative` stay exact.
     - `sharing`: `"expand"` takes places of a shared W as independent; `"reduce"` takes the mean
       activation and the summed gradient instead (cheaper, for features that are averaged later).
     - `rules`: {layer type: fn(layer, *args)} for layers whose program influx cannot read, such as custom

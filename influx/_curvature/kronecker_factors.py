@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from .._checks import is_concrete
 from .._chunks import chunk_length, chunked_sum, take
 from .._custom_types import Model
-from .._linalg import dot
+from .._linalg import each_times
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows, Uncovered, Watched
 from .fisher import Fisher
@@ -152,13 +152,11 @@ def _moments(layer: Layer, turn: int, rows: Rows, weights):
 def _second_moment(x: Float[Array, "b k S T d"], weights, dense: bool):
     """Σ wᵢ x xᵀ over examples, cotangents and places, [S, d, d], or its diagonal [S, d]."""
     b, k, S, T, d = x.shape
-    x = jnp.sqrt(weights)[:, None, None, None, None] * x
     rows = jnp.moveaxis(x, 2, 0).reshape(S, b * k * T, d)
+    w = jnp.broadcast_to(jnp.repeat(weights, k * T)[None, :, None], rows.shape)
     if not dense:
-        return jnp.sum(jnp.square(rows), axis=1)
-    if S == 1:  # XLA would make a batch of one of it, and take longer
-        return dot(rows[0].T, rows[0])[None]
-    return dot(rows.swapaxes(1, 2), rows)
+        return jnp.sum(w * jnp.square(rows), axis=1)
+    return each_times((w * rows).swapaxes(1, 2), rows)
 
 
 def _counts(places, weights, width: int):

@@ -87,8 +87,7 @@ class Coordinates(AbstractPrepared):
     size: Float[Array, " k"]
 
     def products(self, block, rows):
-        gradients = jax.vmap(lambda row: block.gradient(row)[0])(rows)
-        return einsum("kc,bc->kb", self.values, _at(gradients, block.kept))
+        return einsum("kc,bc->kb", self.values, jax.vmap(lambda row: _at_kept(block, row)[0])(rows))
 
 
 # The ways of a layer whose gradients are not scored by few terms, and what they are called.
@@ -300,6 +299,16 @@ def _prepared(block: EigenBlock, rows: Rows, way: str) -> AbstractPrepared:
         return Coordinates(_at(solved, block.kept), size)
     kind, rotated = _DENSE[way]
     return kind(solved if rotated else block.rotate_back(solved), size, rotated)
+
+
+def _at_kept(block: EigenBlock, rows: Rows) -> Float[Array, "k c"]:
+    """A gradient in the eigenbasis at the coordinates kept; an outer product is not formed for them."""
+    if not rows.is_rank_one:
+        return _at(block.gradient(rows), block.kept)
+    left, right = _rank_one(block.rotate_rows(rows))
+    assert block.kept is not None  # `_ways` has seen to it
+    s, i, j = jnp.unravel_index(block.kept, block.layer.shape)
+    return left[:, s, i] * right[s, j]
 
 
 def _at(matrices: Float[Array, "k S l r"], kept) -> Float[Array, "k c"]:

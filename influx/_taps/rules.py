@@ -13,7 +13,7 @@ from jaxtyping import Array
 from .._linalg import each_times
 from .tap import Tap
 from .view import View
-from .windows import offsets
+from .windows import slices
 
 Rule = Callable[[Any, int, View, int], tuple[Tap, np.ndarray | None] | None]
 
@@ -62,13 +62,14 @@ def convolution(equation, operand: int, view: View, key: int):
     o, i = view.shape[numbers.rhs_spec[0]], view.shape[numbers.rhs_spec[1]]
     out = equation.outvars[0].aval
     to_rows = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
+    dtypes = {v.aval.dtype for v in (*equation.invars, *equation.outvars)}
     # Channels last: a window's rows are then copied by runs of them.
     axes = (numbers.rhs_spec[0], *numbers.rhs_spec[2:], numbers.rhs_spec[1])
     l, r = o // S, i * math.prod(kernel)
 
     def activation(operands):
         x = operands[0].transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-        rows = jnp.stack(_windows_of(x, kernel, params), axis=-2)  # [N, *places, kernel, channels]
+        rows = jnp.stack(_seen(x, kernel, params), axis=-2)  # [N, *places, kernel, channels]
         rows = rows.reshape(-1, math.prod(kernel), S, i)
         return rows.transpose(2, 0, 1, 3).reshape(S, -1, r)
 
@@ -78,8 +79,7 @@ def convolution(equation, operand: int, view: View, key: int):
     def output(rows, operands):
         matrices = operands[1].transpose(axes).reshape(S, l, r)
         made = each_times(rows, matrices.swapaxes(1, 2)).swapaxes(0, 1)
-        made = made.reshape(*(out.shape[a] for a in to_rows)).astype(out.dtype)
-        return made.transpose(*np.argsort(to_rows))
+        return made.reshape(*(out.shape[a] for a in to_rows)).transpose(*np.argsort(to_rows))
 
     tap = Tap(
         key=key,
@@ -89,20 +89,20 @@ def convolution(equation, operand: int, view: View, key: int):
         activation=activation,
         cotangent=cotangent,
         struct=jax.ShapeDtypeStruct(out.shape, out.dtype),
-        output=output,
+        output=output if len(dtypes) == 1 else None,
     )
     channel = [1] * out.ndim
     channel[numbers.out_spec[1]] = o
     return tap, np.broadcast_to(np.arange(o).reshape(channel), out.shape)
 
 
-def _windows_of(x: Array, kernel: tuple[int, ...], params) -> list[Array]:
+def _seen(x: Array, kernel: tuple[int, ...], params) -> list[Array]:
     """What the places of an input [N, *spatial, channels] see of it: for each offset in the kernel one
     array [N, *places, channels]."""
     ends, inside = ((0, 0, 0),), zip(params["padding"], params["lhs_dilation"])
     x = lax.pad(x, jnp.zeros((), x.dtype), (*ends, *((*pad, d - 1) for pad, d in inside), *ends))
     one = lambda sizes: (1, *sizes, 1)
-    return offsets(x, one(kernel), one(params["window_strides"]), one(params["rhs_dilation"]))
+    return slices(x, one(kernel), one(params["window_strides"]), one(params["rhs_dilation"]))
 
 
 def gather(equation, operand: int, view: View, key: int):

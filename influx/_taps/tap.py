@@ -24,7 +24,7 @@ class Tap:
       the places of one-hot rows
     - `cotangent`: an array like the operation's output ↦ [S, T, l]
     - `struct`: shape and dtype of that output
-    - `output`: activations and operands ↦ that output, where this is cheaper than the operation itself
+    - `output`: activations and operands ↦ that output, taken in place of the operation; `None` for none
     """
 
     key: int

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array
 
 
-def offsets(
+def slices(
     x: Array, window: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
 ) -> list[Array]:
     """For each offset in a window, row-major, the entries of `x` there, for all places of the window."""
@@ -25,8 +25,8 @@ def offsets(
 
 
 def max_pool(x: Array, params) -> Array:
-    """JAX's `reduce_window_max` of these parameters, with the same derivative: that of the first largest
-    entry of each window.
+    """JAX's `reduce_window_max` of these parameters, with the same derivative (NaN apart): that of the
+    first largest entry of each window.
 
     JAX differentiates it by an operation that runs entry after entry on a CPU, and takes longer than
     all else in a small convolutional network. A selection among slices has a derivative entry by entry.
@@ -35,6 +35,6 @@ def max_pool(x: Array, params) -> Array:
     lowest = jnp.asarray(-jnp.inf, x.dtype)
     x = lax.pad(x, lowest, [(*pad, d - 1) for pad, d in sides])
     window, dilation = params["window_dimensions"], params["window_dilation"]
-    parts = offsets(x, window, params["window_strides"], dilation)
+    parts = slices(x, window, params["window_strides"], dilation)
     largest = jnp.argmax(lax.stop_gradient(jnp.stack(parts)), axis=0).astype(jnp.int32)
     return lax.select_n(largest, *parts)
