@@ -308,7 +308,7 @@ def _at_kept(block: EigenBlock, rows: Rows) -> Float[Array, "k c"]:
     left, right = _rank_one(block.rotate_rows(rows))
     assert block.kept is not None  # `_ways` has seen to it
     s, i, j = jnp.unravel_index(block.kept, block.layer.shape)
-    return left[:, s, i] * right[s, j]
+    return left[:, s, i] * right[s, j][None]
 
 
 def _at(matrices: Float[Array, "k S l r"], kept) -> Float[Array, "k c"]:
