@@ -28,8 +28,10 @@ def network(dtype, activation=jax.nn.relu, l2: float = 1e-3):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_conjugate_gradients_reach_the_dense_solve(dtype):
     risk, model, queries = network(dtype)
-    dense = ix.influence(risk, model, ix.GaussNewton())(queries)
-    f = ix.influence(risk, model, ix.CG(ix.GaussNewton()))
+    # Damped, so that no gradient asks of float32 what only some processors' rounding reaches.
+    curvature = ix.GaussNewton(damping=1e-2)
+    dense = ix.influence(risk, model, curvature)(queries)
+    f = ix.influence(risk, model, ix.CG(curvature))
     scores = f(queries)
     assert scores.dtype == dtype
     error = jnp.linalg.norm(scores - dense) / jnp.linalg.norm(dense)
