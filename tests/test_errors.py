@@ -1212,7 +1212,7 @@ def test_whole_numbers_and_flags_of_numpy_pass():
     f, two = world().f, np.int64(2)
     want = ix.top_k(f, (Xq, yq), 2)
     found = ix.top_k(f, (Xq, yq), two, chunk_size=two)
-    np.testing.assert_array_equal(found.highest.values, want.highest.values)
+    np.testing.assert_allclose(found.highest.values, want.highest.values, rtol=1e-12)
     g = ix.influence(f.risk, f.model, chunk_size=two, memory=np.int64(10**8))
     np.testing.assert_allclose(g((Xq, yq)), f((Xq, yq)), rtol=1e-12)
     left = ix.leave_one_out(f.risk, f.model, ix.Newton(), indices=[0, 1, 2], chunk_size=two)
