@@ -392,10 +392,10 @@ def _with_penalty(block: np.ndarray, problem) -> np.ndarray:
 
 
 def _blocks(subject, risk, model, name, **settings) -> list[np.ndarray]:
-    """Each layer's block, by rows of [W, b]."""
+    """Each layer's block, by rows of [W, b], the columns of a row as the parameters count them."""
     factored = subject.factor(risk, model, name, damping=LAMBDA, **settings)
     H = np.asarray(_dense(factored))
-    places = [np.asarray(m).ravel() for m in factored.split(jnp.arange(float(len(H))))]
+    places = [np.sort(m, axis=-1).ravel() for m in factored.split(jnp.arange(float(len(H))))]
     return [H[np.ix_(p.astype(int), p.astype(int))] for p in places]
 
 
