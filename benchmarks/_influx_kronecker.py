@@ -25,7 +25,8 @@ CURVATURES = {"kfac": ix.KFAC, "ekfac": ix.EKFAC}
 
 def model_of(task: str, given):
     """The task's model with the weights of the file."""
-    params, static = eqx.partition(TASKS[task].model(jr.key(0)), eqx.is_inexact_array)
+    empty = eqx.filter_eval_shape(TASKS[task].model, jr.key(0))
+    params, static = eqx.partition(empty, lambda x: hasattr(x, "dtype"))
     leaves, structure = jtu.tree_flatten(params)
     read = [jnp.asarray(given[f"weight{i}"], float) for i in range(len(leaves))]
     return eqx.combine(jtu.tree_unflatten(structure, read), static)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_damping, is_concrete, is_real, require_concrete
@@ -210,13 +211,12 @@ def _near(block: EigenBlock, penalties, once: bool, tolerance: float) -> EigenBl
 
 
 def _check_positive(block: EigenBlock, penalty) -> None:
-    low = jnp.min(block.values) + block.damping
+    if not is_concrete((block, penalty)):
+        return
+    low = float(np.min(block.values)) + float(block.damping)
     # Eigenvalues of EK-FAC are sums of squares: rounding keeps those that are 0 above it.
-    if (
-        is_concrete((low, penalty))
-        and not float(low) > least_eigenvalue(block.values, penalty) / 32
-    ):
+    if not low > least_eigenvalue(block.values, penalty) / 32:
         raise ValueError(
             f"The curvature of {' and '.join(block.layer.paths)} is singular: its smallest eigenvalue "
-            f"is {float(low):.3g}. Use a positive damping, or an l2 > 0 on every parameter."
+            f"is {low:.3g}. Use a positive damping, or an l2 > 0 on every parameter."
         )

@@ -24,7 +24,8 @@ def low_rank(block: EigenBlock, tolerance: float) -> EigenBlock:
     """
     _, l, r = block.layer.shape
     s, t = (_away_from_zero(np.asarray(x, np.float64)) for x in block.scales)
-    weighted = s[:, :, None] * np.asarray(block.inverse, np.float64) * t[:, None, :]
+    R = 1 / (np.asarray(block.values, np.float64) + float(block.damping))
+    weighted = s[:, :, None] * R * t[:, None, :]
     left, sigma, right = np.linalg.svd(weighted, full_matrices=False)
     least = _rank(sigma, tolerance)
     saving = [k for k in (-(-least // _STEP) * _STEP, least) if k * (l + r) < l * r]

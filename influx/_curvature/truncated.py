@@ -20,8 +20,9 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
     A gradient need not be an outer product: W may be shared between places. Their number is rounded up
     to a half, a third, a quarter, a sixth … of all, so that a refit seldom means another program.
     """
-    curved = np.maximum(np.asarray(block.values - penalties, np.float64), 0)
-    weights = np.square(curved * np.asarray(block.inverse, np.float64)).ravel()
+    values, l2 = (np.asarray(x, np.float64) for x in (block.values, penalties))
+    curved = np.maximum(values - l2, 0)
+    weights = np.square(curved / (values + float(block.damping))).ravel()
     order = np.argsort(-weights, kind="stable")
     # left[c] is what c coordinates leave out.
     left = np.append(np.cumsum(weights[order][::-1])[::-1], 0.0)
