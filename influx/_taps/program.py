@@ -1,6 +1,5 @@
 """A program read for its linear uses of parameters, and run with each of them watched."""
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -229,11 +228,10 @@ def run(
         if number in reading.at:
             tap = reading.at[number]
             activations.append(tap.activation(operands))
-            operation = functools.partial(_result, program, equation)
             if tap.output is None:
-                out = operation(*operands)
+                (out,) = _apply(program, equation, operands)
             else:
-                out = _from_rows(tap.output, operation, activations[-1], *operands)
+                out = tap.output(activations[-1], operands)
             outs = [out + waiting.pop(0)]
         elif number in reading.inner:
             inner = reading.inner[number]
@@ -254,29 +252,6 @@ def _is_max_pool(equation) -> bool:
         return False
     floating = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
     return floating and math.prod(equation.params["window_dimensions"]) <= _LARGEST_POOL
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _from_rows(output, operation, rows, *operands):
-    """`operation(*operands)` from the activations at hand, with its own derivative: that of the product
-    would hold a cotangent of every activation, for every cotangent of the model's output."""
-    return output(rows, operands)
-
-
-def _from_rows_forward(output, operation, rows, *operands):
-    return output(rows, operands), operands
-
-
-def _from_rows_backward(output, operation, operands, cotangent):
-    _, pull = jax.vjp(operation, *operands)
-    return (None, *pull(cotangent))
-
-
-_from_rows.defvjp(_from_rows_forward, _from_rows_backward)
-
-
-def _result(program: Jaxpr, equation, *operands) -> Array:
-    return _apply(program, equation, operands)[0]
 
 
 def _apply(program: Jaxpr, equation, operands) -> list[Array]:

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array
 
-from .._linalg import each_times
+from .convolution import convolution
 from .tap import Tap
 from .view import View
-from .windows import slices
 
 Rule = Callable[[Any, int, View, int], tuple[Tap, np.ndarray | None] | None]
 
@@ -50,59 +48,6 @@ def dot_general(equation, operand: int, view: View, key: int):
         struct=jax.ShapeDtypeStruct(out.shape, out.dtype),
     )
     return tap, np.broadcast_to(np.arange(S * l).reshape(spread), out.shape)
-
-
-def convolution(equation, operand: int, view: View, key: int):
-    """Each window of the input is one activation; groups of channels are matrices of their own."""
-    params = equation.params
-    if operand != 1 or params["batch_group_count"] != 1:
-        return None
-    numbers, S = params["dimension_numbers"], params["feature_group_count"]
-    kernel = tuple(view.shape[a] for a in numbers.rhs_spec[2:])
-    o, i = view.shape[numbers.rhs_spec[0]], view.shape[numbers.rhs_spec[1]]
-    out = equation.outvars[0].aval
-    to_rows = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-    dtypes = {v.aval.dtype for v in (*equation.invars, *equation.outvars)}
-    # Channels last: a window's rows are then copied by runs of them.
-    axes = (numbers.rhs_spec[0], *numbers.rhs_spec[2:], numbers.rhs_spec[1])
-    l, r = o // S, i * math.prod(kernel)
-
-    def activation(operands):
-        x = operands[0].transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-        rows = jnp.stack(_seen(x, kernel, params), axis=-2)  # [N, *places, kernel, channels]
-        rows = rows.reshape(-1, math.prod(kernel), S, i)
-        return rows.transpose(2, 0, 1, 3).reshape(S, -1, r)
-
-    def cotangent(g):
-        return g.transpose(*to_rows).reshape(-1, S, l).transpose(1, 0, 2)
-
-    def output(rows, operands):
-        matrices = operands[1].transpose(axes).reshape(S, l, r)
-        made = each_times(rows, matrices.swapaxes(1, 2)).swapaxes(0, 1)
-        return made.reshape(*(out.shape[a] for a in to_rows)).transpose(*np.argsort(to_rows))
-
-    tap = Tap(
-        key=key,
-        view=view,
-        axes=axes,
-        matrix_shape=(S, l, r),
-        activation=activation,
-        cotangent=cotangent,
-        struct=jax.ShapeDtypeStruct(out.shape, out.dtype),
-        output=output if len(dtypes) == 1 else None,
-    )
-    channel = [1] * out.ndim
-    channel[numbers.out_spec[1]] = o
-    return tap, np.broadcast_to(np.arange(o).reshape(channel), out.shape)
-
-
-def _seen(x: Array, kernel: tuple[int, ...], params) -> list[Array]:
-    """What the places of an input [N, *spatial, channels] see of it: for each offset in the kernel one
-    array [N, *places, channels]."""
-    ends, inside = ((0, 0, 0),), zip(params["padding"], params["lhs_dilation"])
-    x = lax.pad(x, jnp.zeros((), x.dtype), (*ends, *((*pad, d - 1) for pad, d in inside), *ends))
-    one = lambda sizes: (1, *sizes, 1)
-    return slices(x, one(kernel), one(params["window_strides"]), one(params["rhs_dilation"]))
 
 
 def gather(equation, operand: int, view: View, key: int):
