@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from .._checks import is_concrete
 from .._chunks import chunk_length, chunked_sum, take
 from .._custom_types import Model
-from .._linalg import each_times
+from .._linalg import einsum
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows, Uncovered, Watched
 from .fisher import Fisher
@@ -156,7 +156,7 @@ def _second_moment(x: Float[Array, "b k S T d"], weights, dense: bool):
     w = jnp.broadcast_to(jnp.repeat(weights, k * T)[None, :, None], rows.shape)
     if not dense:
         return jnp.sum(w * jnp.square(rows), axis=1)
-    return each_times((w * rows).swapaxes(1, 2), rows)
+    return einsum("snd,sne->sde", w * rows, rows)
 
 
 def _counts(places, weights, width: int):
