@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def convolution(equation, operand: int, view: View, key: int):
         made = each_times(rows, matrices.swapaxes(1, 2)).swapaxes(0, 1)
         return made.reshape(*(out.shape[a] for a in to_rows)).transpose(*np.argsort(to_rows))
 
-    def output(rows, operands):
+    def output(rows, operands) -> Any:
         x, kernel = operands
         return _from_rows(product, functools.partial(_channels_last, params), rows, x, kernel)
 
