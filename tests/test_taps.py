@@ -105,6 +105,23 @@ def pooled(window, **kwargs):
     return fn
 
 
+def behind(layer, front=None):
+    """A layer whose cotangents reach another convolution through it."""
+    one = eqx.nn.Conv2d(2, 2, 1, key=KEY) if front is None else front
+    return Uses([one, layer], lambda layers, x: layers[1](jnp.tanh(layers[0](x))))
+
+
+def other_axes(p, x):
+    """Convolutions of inputs [height, N, channels, width] and kernels [in, height, out, width]."""
+    orders = jax.lax.ConvDimensionNumbers((1, 2, 0, 3), (2, 0, 1, 3), (3, 1, 0, 2))
+    # Outputs are [height, channels, width, N].
+    one = lambda x, w, strides: jax.lax.conv_general_dilated(
+        x, w, strides, ((1, 0), (0, 2)), dimension_numbers=orders, rhs_dilation=(1, 2)
+    )
+    z = jnp.tanh(one(x, p["first"], (1, 1)))
+    return one(z.transpose(0, 3, 1, 2), p["second"], (2, 1))
+
+
 # model, input, and the treatment of each of its layers
 PROGRAMS = {
     "MLP": (eqx.nn.MLP(3, 2, 5, 2, key=KEY), normal(3), [KRONECKER] * 3),
@@ -152,6 +169,38 @@ PROGRAMS = {
         Uses(eqx.nn.Conv2d(2, 4, 3, key=KEY), every),
         normal(3, 2, 6, 7),
         [KRONECKER],
+    ),
+    "Conv1d behind another": (
+        behind(
+            eqx.nn.Conv1d(2, 4, 3, stride=2, padding=1, key=KEY), eqx.nn.Conv1d(2, 2, 1, key=KEY)
+        ),
+        normal(2, 7),
+        POOL,
+    ),
+    "Conv2d groups behind another": (
+        behind(eqx.nn.Conv2d(2, 4, 3, stride=2, padding=(1, 0), groups=2, key=KEY)),
+        normal(2, 6, 7),
+        POOL,
+    ),
+    "Conv2d dilated behind another": (
+        behind(eqx.nn.Conv2d(2, 3, 3, dilation=2, padding="SAME", key=KEY)),
+        normal(2, 6, 7),
+        POOL,
+    ),
+    "Conv3d behind another": (
+        behind(eqx.nn.Conv3d(2, 2, 2, key=KEY), eqx.nn.Conv3d(2, 2, 1, key=KEY)),
+        normal(2, 3, 3, 3),
+        POOL,
+    ),
+    "ConvTranspose2d behind another": (
+        behind(eqx.nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, key=KEY)),
+        normal(2, 4, 4),
+        POOL,
+    ),
+    "convolutions of other axes": (
+        Uses({"first": normal(2, 2, 3, 2), "second": normal(3, 3, 2, 2)}, other_axes),
+        normal(5, 1, 2, 6),
+        POOL,
     ),
     "MaxPool2d": (Uses(POOLED, pooled((2, 2), stride=2)), normal(2, 8, 8), POOL),
     "MaxPool2d overlapping, padded": (

@@ -15,12 +15,6 @@ from .tap import Tap
 from .view import View
 from .windows import slices
 
-# What a convolution keeps when its axes are moved.
-_KEPT = (
-    *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count"),
-    *("precision", "preferred_element_type"),
-)
-
 
 def convolution(equation, operand: int, view: View, key: int):
     """Each window of the input is one activation; groups of channels are matrices of their own."""
@@ -44,12 +38,12 @@ def convolution(equation, operand: int, view: View, key: int):
         return rows.transpose(2, 0, 1, 3).reshape(S, -1, r)
 
     def cotangent(g):
-        return g.transpose(*to_rows).reshape(-1, S, l).transpose(1, 0, 2)
+        return g.transpose(to_rows).reshape(-1, S, l).transpose(1, 0, 2)
 
     def product(rows, kernel):
         matrices = kernel.transpose(axes).reshape(S, l, r)
         made = each_times(rows, matrices.swapaxes(1, 2)).swapaxes(0, 1)
-        return made.reshape(*(out.shape[a] for a in to_rows)).transpose(*np.argsort(to_rows))
+        return made.reshape(*(out.shape[a] for a in to_rows)).transpose(np.argsort(to_rows))
 
     def output(rows, operands) -> Any:
         x, kernel = operands
@@ -99,16 +93,19 @@ _from_rows.defvjp(_from_rows_forward, _from_rows_backward)
 
 
 def _channels_last(params, x: Array, kernel: Array) -> Array:
-    """The convolution with its axes in the order in which XLA multiplies matrices for its derivative in
-    `x` on a CPU: inside a loop it takes any other order entry by entry, several times as long."""
+    """The convolution with channels last, [N, *spatial, channels], and a kernel [*spatial, out, in].
+
+    Its derivative in `x` is then of the one order that XLA runs as a product of matrices inside a loop
+    on a CPU. Any other order it runs entry by entry there, several times as long.
+    """
     numbers, d = params["dimension_numbers"], x.ndim - 2
     first, space = numbers.rhs_spec[:2], numbers.rhs_spec[2:]
     image = (0, d + 1, *range(1, d + 1))
+    moved = lax.ConvDimensionNumbers(image, (d, d + 1, *range(d)), image)
     out = lax.conv_general_dilated(
         x.transpose(_channels_at_end(numbers.lhs_spec)),
         kernel.transpose(*space, *first),
-        dimension_numbers=lax.ConvDimensionNumbers(image, (d, d + 1, *range(d)), image),
-        **{name: params[name] for name in _KEPT},
+        **{**params, "dimension_numbers": moved},
     )
     return out.transpose(np.argsort(_channels_at_end(numbers.out_spec)))
 
