@@ -1319,6 +1319,11 @@ def test_what_looks_at_numbers_says_so_in_a_trace():
     scores = lambda r, m: ix.influence(r, m, ix.EKFAC(damping=0.1, tolerance=0.1))((Xq, yq))
     with pytest.raises(ValueError, match=r"`EKFAC\(tolerance=0.1\)` looks at numbers.*outside"):
         eqx.filter_jit(scores)(risk(), linear_model())
+    damped = lambda λ: (
+        ix.KFAC(damping=λ, tolerance=0.1).factor(risk(), linear_model()).blocks[0].values
+    )
+    with pytest.raises(ValueError, match=r"`KFAC\(tolerance=0.1\)` looks at numbers.*outside"):
+        jax.jit(damped)(0.1)
     with pytest.raises(ValueError, match=r"`lds` looks at numbers.*outside"):
         jax.jit(ix.lds)(np.ones((3, N)), np.ones((5, N)), np.ones((5, 3)))
 

@@ -44,7 +44,7 @@ def auto_damping(
     else:
         found = 0.0
     least = [(b, least_eigenvalue(b.values, penalty)) for b, penalty in zip(blocks, penalties)]
-    short = [limit for b, limit in least if float(np.min(b.values)) + found <= limit]
+    short = [limit for b, limit in least if float(np.min(np.asarray(b.values))) + found <= limit]
     return jnp.asarray(max([found, *short]), blocks[0].values.dtype)
 
 
@@ -57,4 +57,4 @@ def least_eigenvalue(values: Float[Array, "S l r"], penalty: Float[Array, "S l r
     l2, unit = np.asarray(penalty, np.float64), float(jnp.finfo(values.dtype).eps)
     if np.min(l2) > 32 * unit * np.max(l2):  # what rounding leaves of an l2 = 0 is none
         return 0.0
-    return 32 * unit * float(np.max(values))
+    return 32 * unit * float(np.max(np.asarray(values)))

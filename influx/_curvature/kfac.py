@@ -85,8 +85,6 @@ class AbstractKroneckerFactored(AbstractCurvature):
         return Kronecker.of(model, self.blocks(risk, model)[0], self.rules).matvec
 
     def factor(self, risk, model):
-        if self.tolerance > 0:
-            require_concrete(f"{type(self).__name__}(tolerance={self.tolerance})", risk, model)
         check_rules(risk, model, self.rules)
         blocks, penalties = self.blocks(risk, model)
         if self.damping is None:
@@ -97,6 +95,8 @@ class AbstractKroneckerFactored(AbstractCurvature):
         for block, penalty in zip(blocks, penalties):
             _check_positive(block, penalty)
         if self.tolerance > 0:
+            name = f"{type(self).__name__}(tolerance={self.tolerance})"
+            require_concrete(name, blocks, penalties)
             once = applied_once(ruled(risk, self.rules), model)
             blocks = [_near(*parts, self.tolerance) for parts in zip(blocks, penalties, once)]
         return Kronecker.of(model, blocks, self.rules)
@@ -213,7 +213,7 @@ def _near(block: EigenBlock, penalties, once: bool, tolerance: float) -> EigenBl
 def _check_positive(block: EigenBlock, penalty) -> None:
     if not is_concrete((block, penalty)):
         return
-    low = float(np.min(block.values)) + float(block.damping)
+    low = float(np.min(np.asarray(block.values))) + float(block.damping)
     # Eigenvalues of EK-FAC are sums of squares: rounding keeps those that are 0 above it.
     if not low > least_eigenvalue(block.values, penalty) / 32:
         raise ValueError(

@@ -153,7 +153,7 @@ def _second_moment(x: Float[Array, "b k S T d"], weights, dense: bool):
     """Σ wᵢ x xᵀ over examples, cotangents and places, [S, d, d], or its diagonal [S, d]."""
     b, k, S, T, d = x.shape
     rows = jnp.moveaxis(x, 2, 0).reshape(S, b * k * T, d)
-    w = jnp.broadcast_to(jnp.repeat(weights, k * T)[None, :, None], rows.shape)
+    w = jnp.repeat(weights, k * T)[None, :, None]
     if not dense:
         return jnp.sum(w * jnp.square(rows), axis=1)
     return einsum("snd,sne->sde", w * rows, rows)
