@@ -25,8 +25,11 @@ CURVATURES = {"kfac": ix.KFAC, "ekfac": ix.EKFAC}
 
 def model_of(task: str, given):
     """The task's model with the weights of the file."""
-    empty = eqx.filter_eval_shape(TASKS[task].model, jr.key(0))
-    params, static = eqx.partition(empty, lambda x: hasattr(x, "dtype"))
+    shapes = eqx.filter_eval_shape(TASKS[task].model, jr.key(0))
+    floating = lambda x: (
+        isinstance(x, jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.inexact)
+    )
+    params, static = eqx.partition(shapes, floating)
     leaves, structure = jtu.tree_flatten(params)
     read = [jnp.asarray(given[f"weight{i}"], float) for i in range(len(leaves))]
     return eqx.combine(jtu.tree_unflatten(structure, read), static)

@@ -22,8 +22,8 @@ the sign that of the middle of its enclosure. "Not": signs that disagree, and th
 them relative to the median change of all points.
 
 **Wide**: the same for the last layer of the convolutional network, 15,690 parameters, on 400 points
-drawn at random. One Hessian serves all of it: the certificate, and the retrainings by chord steps. Its
-Cholesky factor by several threads of OpenBLAS ends the process at this size.
+drawn at random. One Hessian serves all of it: the certificate, and the retrainings by chord steps. With
+several threads OpenBLAS crashes in its Cholesky factorisation.
 """
 
 import sys
@@ -259,7 +259,7 @@ def head_of(name: str, layer: Callable, trainer=EXACT):
 
 class SharedChord(AbstractTrainer):
     """θ ← θ − H⁻¹∇J(θ, w) to ‖∇J‖ < `tolerance`, H factored once for all trainings: where they end
-    does not depend on it. Those that take more steps than `max_steps` go on by Newton–CG."""
+    does not depend on it. Those that take more steps than `max_steps` are repeated by Newton–CG."""
 
     factored: Any
     tolerance: float = 1e-13
@@ -274,7 +274,7 @@ class SharedChord(AbstractTrainer):
 
         def step(carry):
             theta, gradient, steps = carry
-            theta = theta - self.factored.solve(gradient)
+            theta = theta - self.factored.try_solve(gradient)[0]
             return theta, gradient_at(theta), steps + 1
 
         unfinished = lambda carry: (
@@ -307,12 +307,14 @@ WIDE = {"MNIST, head of the CNN": head_of("cnn", lambda m: m.head, KRYLOV)}
 def signs(
     console: Console, name: str, noise: float, points: int | None = None, refines=(0, 1, 2, 3)
 ) -> None:
-    """Of all points, or of some drawn at random: of these without a Hessian of their own."""
+    """One problem's table: of all points, retrained by `Newton`; or of `points` of them drawn at random,
+    retrained by chord steps with the Hessian of the influence."""
     risk, model, heldout = (SIGNS | WIDE)[name](noise)
     n, f = risk.n, ix.influence(risk, model, ix.Hessian())
     worth = ix.value(f, heldout)
     trainer, chunk = (EXACT, None) if points is None else (SharedChord(f.response.factored), 50)
-    rows = np.random.default_rng(0).permutation(n)[:points]
+    rng = np.random.default_rng(0)
+    rows = np.arange(n) if points is None else rng.choice(n, points, replace=False)
     loss = jax.jit(lambda m: jnp.mean(risk.losses(m, heldout)))
     table = Table(
         f"{noise:.0%} flipped", "median change", "sign of", "agree", "not", "the largest",
@@ -365,6 +367,7 @@ PARTS = ("study", "signs")
 
 
 def main(console: Console, parts=PARTS) -> None:
+    noises = [float(part) for part in parts if part not in (*PARTS, "wide")] or NOISES
     if "study" in parts:
         for noise in NOISES:
             with jax.enable_x64(True):
@@ -379,7 +382,7 @@ def main(console: Console, parts=PARTS) -> None:
     if "wide" in parts:
         with jax.enable_x64(True):
             for name in WIDE:
-                for noise in [float(part) for part in parts if part != "wide"] or NOISES:
+                for noise in noises:
                     signs(console, name, noise, points=400, refines=(0, 3))
 
 
