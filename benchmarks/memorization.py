@@ -29,7 +29,7 @@ several threads OpenBLAS crashes in its Cholesky factorisation.
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -47,7 +47,7 @@ from sklearn.metrics import roc_auc_score
 import influx as ix
 from benchmarks import _tasks
 from benchmarks.removal import digits
-from influx.extend import AbstractTrainer, Trained, ravel
+from influx.extend import AbstractTrainer
 
 NOISES, THRESHOLDS = (0.0, 0.1), (0.25, 0.5)
 EXACT = ix.Newton(tolerance=1e-13)
@@ -257,42 +257,33 @@ def head_of(name: str, layer: Callable, trainer=EXACT):
     return problem
 
 
-class SharedChord(AbstractTrainer):
-    """θ ← θ − H⁻¹∇J(θ, w) to ‖∇J‖ < `tolerance`, H factored once for all trainings: where they end
-    does not depend on it. Those that take more steps than `max_steps` are repeated by Newton–CG."""
+class Held(AbstractTrainer):
+    """The chord steps that `Newton` attempts first, their inverse Hessian given: where they end does
+    not depend on it. Trainings that take many of them are repeated by Newton–CG."""
 
-    factored: Any
-    tolerance: float = 1e-13
-    max_steps: int = eqx.field(default=60, static=True)
+    inverse: Any
+    chord: AbstractTrainer
 
     def init(self, objective, model, weights):
-        return None
+        return self.inverse
 
     def train(self, state, objective, model, weights):
-        theta, rebuild = ravel(model)
-        gradient_at = jax.grad(lambda t: objective.objective(rebuild(t), weights))
-
-        def step(carry):
-            theta, gradient, steps = carry
-            theta = theta - self.factored.try_solve(gradient)[0]
-            return theta, gradient_at(theta), steps + 1
-
-        unfinished = lambda carry: (
-            (jnp.linalg.norm(carry[1]) >= self.tolerance) & (carry[2] < self.max_steps)
-        )
-        start = theta, gradient_at(theta), jnp.asarray(0)
-        theta, gradient, steps = jax.lax.while_loop(unfinished, step, start)
-        size = jnp.linalg.norm(gradient)
-        return rebuild(theta), Trained(size, steps, size < self.tolerance)
+        return self.chord.train(state, objective, model, weights)
 
     def attempts(self):
         return (self, KRYLOV)
 
     def items(self, objective, model):
-        return 4 * objective.weights.size * 10
+        return self.chord.items(objective, model)
 
     def remedies(self):
-        return "Chord steps did not reach the tolerance."
+        return self.chord.remedies()
+
+
+def held(f: ix.Influence) -> Held:
+    """With the inverse that the influence holds for its Newton steps."""
+    chord = replace(EXACT.attempts()[0], max_steps=25)
+    return Held(f.response.newton.columns, chord)
 
 
 SIGNS = {
@@ -308,11 +299,11 @@ def signs(
     console: Console, name: str, noise: float, points: int | None = None, refines=(0, 1, 2, 3)
 ) -> None:
     """One problem's table: of all points, retrained by `Newton`; or of `points` of them drawn at random,
-    retrained by chord steps with the Hessian of the influence."""
+    retrained by chord steps with the inverse Hessian of the influence."""
     risk, model, heldout = (SIGNS | WIDE)[name](noise)
     n, f = risk.n, ix.influence(risk, model, ix.Hessian())
     worth = ix.value(f, heldout)
-    trainer, chunk = (EXACT, None) if points is None else (SharedChord(f.response.factored), 50)
+    trainer, chunk = (EXACT, None) if points is None else (held(f), 50)
     rng = np.random.default_rng(0)
     rows = np.arange(n) if points is None else rng.choice(n, points, replace=False)
     loss = jax.jit(lambda m: jnp.mean(risk.losses(m, heldout)))
