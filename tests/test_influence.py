@@ -1,16 +1,20 @@
 """Scores, transforms and their laws, over the family tables."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import influx as ix
+from influx.extend import AbstractCurvature, AbstractFactored, Factored, ravel
 from proofs_checks import _oracle as oracle
 from proofs_checks._library import model_at, queries, risk_of
 from proofs_checks._problems import draw
@@ -162,6 +166,63 @@ def test_newton_displacements_are_those_of_the_reduced_problem(name, curvature):
     np.testing.assert_allclose(
         ix.removal(f, "newton")(queries)[:, 3], change, rtol=1e-6, atol=1e-10
     )
+
+
+class Solved(AbstractCurvature):
+    """`curvature`, solved with by what `ready` makes of its damped products and the parameters."""
+
+    curvature: AbstractCurvature
+    ready: Callable
+
+    @property
+    def damping(self):
+        return self.curvature.damping
+
+    def matvec(self, risk, model):
+        return self.curvature.matvec(risk, model)
+
+    def lower_end(self, risk, model):
+        return self.curvature.lower_end(risk, model)
+
+    def factor(self, risk, model):
+        product = self.curvature.matvec(risk, model)
+        return self.ready(lambda v: product(v) + self.damping * v, ravel(model)[0])
+
+    def newton_steps(self, risk, model, factored, jacobian):
+        return self.curvature.newton_steps(risk, model, factored, jacobian)
+
+
+def by_lineax(product, theta):
+    operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: theta), lx.symmetric_tag)
+    return Factored(operator, lx.BiCGStab(rtol=1e-12, atol=1e-12))
+
+
+class Held(AbstractFactored):
+    """An inverse that takes no other matrix on."""
+
+    inverse: jax.Array
+
+    @property
+    def matrix(self):
+        return None
+
+    @property
+    def matvec(self):
+        return lambda v: jnp.linalg.solve(self.inverse, v)
+
+    def try_solve(self, v):
+        return self.inverse @ v, jnp.asarray(True)
+
+
+def test_newton_steps_of_a_network_s_hessian_by_any_solver_that_takes_a_matrix_on():
+    _, risk, model, _ = problem("network")
+    hessian, points = ix.Hessian(damping=LAMBDA), jnp.arange(3)
+    direct = ix.influence(risk, model, hessian).response.displace(points)
+    solved = ix.influence(risk, model, Solved(hessian, by_lineax))
+    np.testing.assert_allclose(solved.response.displace(points), direct, rtol=1e-7, atol=1e-9)
+    held = lambda product, theta: Held(jnp.linalg.inv(jax.vmap(product)(jnp.eye(theta.size))))
+    with pytest.raises(ValueError, match="Solved does not say what one point adds"):
+        ix.removal(ix.influence(risk, model, Solved(hessian, held)), "newton")
 
 
 @pytest.mark.parametrize("curvature", ["Hessian", "GaussNewton", "CG"])

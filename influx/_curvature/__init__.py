@@ -2,6 +2,7 @@ from .arnoldi import Arnoldi as Arnoldi
 from .base import AbstractCurvature as AbstractCurvature
 from .base import AbstractFactored as AbstractFactored
 from .base import AbstractMatrixCurvature as AbstractMatrixCurvature
+from .base import AbstractPerturbable as AbstractPerturbable
 from .base import Factored as Factored
 from .base import check_curvature as check_curvature
 from .block import BlockDiagonal as BlockDiagonal

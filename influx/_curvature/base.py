@@ -73,10 +73,6 @@ class AbstractFactored(eqx.Module):
         """`try_solve`, and the steps that it took; `None` where a solve has none."""
         return *self.try_solve(v), None
 
-    @abc.abstractmethod
-    def perturbed(self, matvec: Callable[[Array], Array]) -> "AbstractFactored":
-        """The same curvature with a symmetric matrix, given by its products, added."""
-
     def solve(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
         """(H + λI)⁻¹ v; an error where the solve did not converge."""
         x, converged = self.try_solve(v)
@@ -95,7 +91,16 @@ class AbstractFactored(eqx.Module):
         )
 
 
-class Factored(AbstractFactored):
+class AbstractPerturbable(AbstractFactored):
+    """One that can still be solved with where a matrix of full rank is added, as a Newton step without a
+    point needs it whose share of the Hessian has no low rank."""
+
+    @abc.abstractmethod
+    def perturbed(self, matvec: Callable[[Array], Array]) -> "AbstractPerturbable":
+        """The same curvature with a symmetric matrix, given by its products, added."""
+
+
+class Factored(AbstractPerturbable):
     """A lineax operator, a lineax solver, and what that solver prepared."""
 
     operator: lx.AbstractLinearOperator
@@ -129,10 +134,10 @@ class Factored(AbstractFactored):
         return solution.value, solution.result == lx.RESULTS.successful
 
     def perturbed(self, matvec):
-        if self.matrix is None:
-            raise NotImplementedError("Only a matrix takes another one on.")
-        added = jax.vmap(matvec)(jnp.eye(self.matrix.shape[0], dtype=self.matrix.dtype))
-        return Factored(symmetric(self.matrix + added), self.solver)
+        definite = lx.is_positive_semidefinite(self.operator)
+        tags = (lx.symmetric_tag, lx.positive_semidefinite_tag) if definite else lx.symmetric_tag
+        added = lx.FunctionLinearOperator(matvec, self.operator.in_structure(), lx.symmetric_tag)
+        return Factored(lx.TaggedLinearOperator(self.operator + added, tags), self.solver)
 
 
 def symmetric(matrix: Float[Array, "P P"]) -> lx.MatrixLinearOperator:

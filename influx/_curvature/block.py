@@ -197,9 +197,6 @@ class Blocks(AbstractFactored):
             out, converged = out.at[block.indices].set(x), converged & done
         return out, converged
 
-    def perturbed(self, matvec):
-        raise NotImplementedError("A block-diagonal matrix plus another is not block-diagonal.")
-
 
 def layers(model: Model) -> list[tuple[np.ndarray, Callable]]:
     """For each module that owns parameters: where they stand in `ravel(model)`, and their getter."""

@@ -5,7 +5,7 @@ from .._checks import check_damping
 from .._custom_types import Scalar
 from .._jacobian import is_affine
 from .._linalg import ravel
-from .base import AbstractMatrixCurvature, hvp_matrix, least_penalty
+from .base import AbstractMatrixCurvature, AbstractPerturbable, hvp_matrix, least_penalty
 from .ggn import gauss_newton_matrix
 from .newton_step import Perturbed, woodbury
 
@@ -38,7 +38,7 @@ class Hessian(AbstractMatrixCurvature):
     def newton_steps(self, risk, model, factored, jacobian):
         if jacobian is not None and jacobian.affine:
             return woodbury(risk, model, factored, jacobian, self.damping)
-        return Perturbed(self.damping)
+        return Perturbed(self.damping) if isinstance(factored, AbstractPerturbable) else None
 
 
 @eqx.filter_jit

@@ -15,7 +15,7 @@ from .._linalg import ravel
 from .._risk import EmpiricalRisk
 from .._solver.bounds import ritz_values
 from .._solver.minres import MINRES as MinresSolver
-from .base import AbstractCurvature, AbstractFactored, check_wrapped
+from .base import AbstractCurvature, AbstractFactored, AbstractPerturbable, check_wrapped
 
 
 def _checked_rtol(rtol: Any) -> float | None:
@@ -80,7 +80,7 @@ class MINRES(AbstractIterative):
         return Iterative(risk, model, self.curvature, solver)
 
 
-class Iterative(AbstractFactored):
+class Iterative(AbstractPerturbable):
     """H + λI behind its products, and a lineax solver, which sees it `unit` times larger. `added` is a
     matrix on top of it, if any.
 

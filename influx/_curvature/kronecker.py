@@ -173,9 +173,6 @@ class Kronecker(AbstractFactored):
         """max |R̃/R − 1|: the same over vᵀRv, for the worst v there is."""
         return jnp.max(jnp.stack([jnp.max(b.missed / b.inverse) for b in self.blocks]))
 
-    def perturbed(self, matvec):
-        raise NotImplementedError("A Kronecker-factored matrix plus another is not one.")
-
     def split(self, v: Float[Array, " P"]) -> list[Float[Array, "S l r"]]:
         """A vector of all parameters as the matrices of the layers."""
         leaves, start = [], 0

@@ -13,7 +13,7 @@ from .._gradients import example_gradient, risk_gradient
 from .._jacobian import AbstractJacobian
 from .._linalg import dot, einsum, ravel
 from .._risk import EmpiricalRisk
-from .base import AbstractFactored
+from .base import AbstractFactored, AbstractPerturbable
 
 
 class AbstractNewtonSteps(eqx.Module):
@@ -149,6 +149,7 @@ class Perturbed(AbstractNewtonSteps):
     damping: Scalar
 
     def steps(self, risk, model, factored, jacobian, indices):
+        assert isinstance(factored, AbstractPerturbable)  # `Hessian.newton_steps` has seen to it
         theta, rebuild = ravel(model)
         gradient = risk_gradient(risk, model)
 

@@ -13,7 +13,7 @@ from .._checks import check_key, is_concrete
 from .._custom_types import Model
 from .._linalg import dot, products, ravel
 from .._risk import EmpiricalRisk
-from .base import AbstractCurvature, AbstractFactored, factor_matrix
+from .base import AbstractCurvature, AbstractFactored, AbstractPerturbable, factor_matrix
 
 # Multiples of the machine epsilon, of the largest eigenvalue, below which one may be rounding.
 _ROUNDING = 32
@@ -49,9 +49,6 @@ class DiagonalPlusLowRank(AbstractFactored):
         scaled = v / root
         rest = scaled - dot(self.shrinkage * dot(self.modes, scaled), self.modes)
         return rest / root, jnp.asarray(True)
-
-    def perturbed(self, matvec):
-        raise NotImplementedError("A low rank and a full one is not of low rank.")
 
 
 def diagonal_plus_low_rank(diagonal, basis, weights) -> Callable[[Array], Array]:
@@ -104,7 +101,7 @@ def _check_definite(mu: Float[Array, " k"], low: Array) -> None:
         )
 
 
-class Galerkin(AbstractFactored):
+class Galerkin(AbstractPerturbable):
     """H + λI, solved with on the span of few directions: Qᵀ(Q(H + λI)Qᵀ)⁻¹Q, Q with orthonormal rows.
 
     `matvec` is the whole H + λI, so that residuals are true ones. The law holds on the span of the rows:
@@ -116,7 +113,7 @@ class Galerkin(AbstractFactored):
     model: Model
     curvature: AbstractCurvature
     basis: Float[Array, "k P"]
-    inner: AbstractFactored
+    inner: AbstractPerturbable
     added: Callable[[Array], Array] | None = None
 
     @property
