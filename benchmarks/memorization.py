@@ -374,7 +374,7 @@ def main(console: Console, parts=PARTS) -> None:
         with jax.enable_x64(True):
             for name in WIDE:
                 for noise in noises:
-                    signs(console, name, noise, points=400, refines=(0, 3))
+                    signs(console, name, noise, points=400, refines=(0, 3, 12))
 
 
 if __name__ == "__main__":
