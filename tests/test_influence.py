@@ -292,7 +292,7 @@ def test_nothing_depends_on_the_memory_that_may_be_used(monkeypatch):
     expected = jtu.tree_leaves(everything(risk, model, queries))
     jax.clear_caches()  # budgets are read while a program is traced
     monkeypatch.setattr("influx._chunks.BYTE_BUDGET", 8 * 40)
-    monkeypatch.setattr("influx._certify._CACHE_BYTES", 8 * 40)
+    monkeypatch.setattr("influx._certify.certificate._CACHE_BYTES", 8 * 40)
     try:
         got = jtu.tree_leaves(everything(risk, model, queries))
     finally:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import influx as ix
-from influx._certify import _rounding
+from influx._certify.enclosure import _rounding
 from influx._gradients import risk_gradient
 from influx._linalg import ravel
 from influx.testing import BrokenLaw

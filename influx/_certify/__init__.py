@@ -1,0 +1,2 @@
+from .certificate import Certificate as Certificate
+from .certificate import certify as certify
