@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import influx as ix
+from influx._solver.minres import MINRES as Minres
 from influx.extend import AbstractCurvature, AbstractFactored, Factored, ravel
 from proofs_checks import _oracle as oracle
 from proofs_checks._library import model_at, queries, risk_of
@@ -192,9 +193,21 @@ class Solved(AbstractCurvature):
         return self.curvature.newton_steps(risk, model, factored, jacobian)
 
 
-def by_lineax(product, theta):
-    operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: theta), lx.symmetric_tag)
-    return Factored(operator, lx.BiCGStab(rtol=1e-12, atol=1e-12))
+def by_lineax(solver, *tags):
+    def ready(product, theta):
+        operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: theta), tags)
+        return Factored(operator, solver)
+
+    return ready
+
+
+SYMMETRIC, DEFINITE = lx.symmetric_tag, lx.positive_semidefinite_tag
+BY_LINEAX = {
+    "BiCGStab": by_lineax(lx.BiCGStab(rtol=1e-12, atol=1e-12), SYMMETRIC),
+    "MINRES": by_lineax(Minres(rtol=0.0, atol=1e-12, max_steps=500), SYMMETRIC),
+    "CG": by_lineax(lx.CG(rtol=1e-12, atol=1e-12), SYMMETRIC, DEFINITE),
+    "Cholesky": by_lineax(lx.Cholesky(), SYMMETRIC, DEFINITE),
+}
 
 
 class Held(AbstractFactored):
@@ -214,14 +227,45 @@ class Held(AbstractFactored):
         return self.inverse @ v, jnp.asarray(True)
 
 
-def test_newton_steps_of_a_network_s_hessian_by_any_solver_that_takes_a_matrix_on():
+@pytest.mark.parametrize("solver", BY_LINEAX)
+def test_newton_steps_of_a_networks_hessian_by_any_solver_of_lineax(solver):
     _, risk, model, _ = problem("network")
     hessian, points = ix.Hessian(damping=LAMBDA), jnp.arange(3)
     direct = ix.influence(risk, model, hessian).response.displace(points)
-    solved = ix.influence(risk, model, Solved(hessian, by_lineax))
+    solved = ix.influence(risk, model, Solved(hessian, BY_LINEAX[solver]))
     np.testing.assert_allclose(solved.response.displace(points), direct, rtol=1e-7, atol=1e-9)
+
+
+PERTURBABLE = {
+    "Hessian": ix.Hessian(damping=LAMBDA),
+    "CG": ix.CG(ix.Hessian(damping=LAMBDA), rtol=1e-12),
+    "Projected": ix.Projected(ix.Hessian(damping=LAMBDA), 5, key=jr.key(0)),
+    "Diagonal": ix.Diagonal(ix.Hessian(damping=LAMBDA)),
+    **{name: Solved(ix.Hessian(damping=LAMBDA), ready) for name, ready in BY_LINEAX.items()},
+}
+
+
+@pytest.mark.parametrize("name", PERTURBABLE)
+def test_matrices_can_be_added_to_a_curvature_one_after_another(name):
+    _, risk, model, _ = problem("network")
+    factored = PERTURBABLE[name].factor(risk, model)
+    theta, _ = ravel(model)
+    rows = 0.3 * jr.normal(jr.key(1), (2, theta.size))
+    first, second = (lambda v, row=row: row * jnp.vdot(row, v) for row in rows)
+    both = factored.perturbed(first).perturbed(second)
+    v = jr.normal(jr.key(2), theta.shape)
+    if name == "Projected":
+        v = factored.solve(v)  # within its span
+    added = factored.matvec(v) + first(v) + second(v)
+    np.testing.assert_allclose(both.matvec(v), added, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(both.solve(added), v, rtol=1e-6, atol=1e-9)
+
+
+def test_an_inverse_that_takes_no_share_away_has_no_newton_steps():
+    _, risk, model, _ = problem("network")
+    hessian = ix.Hessian(damping=LAMBDA)
     held = lambda product, theta: Held(jnp.linalg.inv(jax.vmap(product)(jnp.eye(theta.size))))
-    with pytest.raises(ValueError, match="Solved does not say what one point adds"):
+    with pytest.raises(ValueError, match=r"Solved does not say .* or Held, by which it solves"):
         ix.removal(ix.influence(risk, model, Solved(hessian, held)), "newton")
 
 

@@ -18,7 +18,7 @@ from .._response import implicit_response
 from .._scale import Unscaled
 from .._validate import require_labels
 from .ball import Ball, ball, mean_ball
-from .enclosure import affine_jacobian, enclosures, loss_constants, settled_radius, training_output
+from .enclosure import affine_jacobian, enclosures, loss_constants, output_struct, settled_radius
 
 # What the points of one block need should stay in cache.
 _CACHE_BYTES = 8 * 2**20
@@ -101,14 +101,14 @@ def certify(
     mean, renormalise = check_flag("mean", mean), check_flag("renormalise", renormalise)
     tier = check_whole("tier", tier, most=2)
     _check(f, tier, refine, renormalise)
-    indices = check_indices(indices, f.risk.n)
+    indices, chords = check_indices(indices, f.risk.n), jnp.asarray(refine)
     if queries is None:
         if mean:
             raise ValueError("`mean=True` averages over queries: pass them.")
-        eqx.filter_eval_shape(f.risk.loss.class_logits, training_output(f))
+        eqx.filter_eval_shape(f.risk.loss.class_logits, output_struct(f))
         require_labels(f.risk)
         loss_constants(f)
-        return _own_margins(f, indices, tier, refine, renormalise)
+        return _own_margins(f, indices, tier, chords, renormalise)
     f.measurement.check(f.risk, f.model, queries)
     f.measurement.constants(f.risk, f.model)
     arrays = jtu.tree_map(jnp.asarray, queries)
@@ -119,7 +119,7 @@ def certify(
             f"{example.shape}. Choose a class: `classification(f, kind, class_=0)`."
         )
     jacobian = output_jacobian(f.risk, f.model, arrays[0])
-    return _changes(f, arrays, jacobian, indices, tier, refine, renormalise, mean)
+    return _changes(f, arrays, jacobian, indices, tier, chords, renormalise, mean)
 
 
 def _check(f: Influence, tier: int, refine: int, renormalise: bool) -> None:
@@ -174,7 +174,7 @@ def _block(f: Influence, tier: int, items: int = 0) -> int:
 
 
 @eqx.filter_jit
-def _own_margins(f: Influence, indices, tier: int, refine: int, renormalise: bool) -> Certificate:
+def _own_margins(f: Influence, indices, tier: int, refine: Array, renormalise: bool) -> Certificate:
     theta, _ = ravel(f.model)
     enclose, settled = enclosures(f, tier, refine, renormalise), settled_radius(f)
     own = lambda step, z, o, norm: ball(f, Margin(), step, z, o, norm)
@@ -212,7 +212,7 @@ def _changes(
     jacobian: AbstractJacobian,
     indices,
     tier: int,
-    refine: int,
+    refine: Array,
     renormalise: bool,
     mean: bool,
 ) -> Certificate:

@@ -20,17 +20,17 @@ def affine_jacobian(f: Influence) -> AbstractJacobian:
     return jacobian
 
 
-def training_output(f: Influence) -> jax.ShapeDtypeStruct:
+def output_struct(f: Influence) -> jax.ShapeDtypeStruct:
     output = implicit_response(f.response, "certify").output
     assert output is not None  # `certify` has seen to it
     return output
 
 
 def loss_constants(f: Influence) -> LossConstants:
-    return f.risk.loss.constants(training_output(f))
+    return f.risk.loss.constants(output_struct(f))
 
 
-def enclosures(f: Influence, tier: int, refine: int, renormalise: bool) -> Callable:
+def enclosures(f: Influence, tier: int, refine: int | Array, renormalise: bool) -> Callable:
     """The map from points i to θ̃ᵢ − θ̂ [k, P] and rᵢ ≥ ‖θ̂₋ᵢ − θ̃ᵢ‖ [k] (P11)."""
     growth = _growth(f.risk.weights) if renormalise else jnp.ones_like(f.risk.weights)
     if tier == 2:
@@ -64,7 +64,9 @@ def _drift(f: Influence) -> Float[Array, " P"]:
     return f.response.solve((f.risk.l2_vector(f.model) * theta)[None])[0]
 
 
-def _evaluated_slopes(f: Influence, refine: int, growth: Array, drift: Array | None) -> Callable:
+def _evaluated_slopes(
+    f: Influence, refine: int | Array, growth: Array, drift: Array | None
+) -> Callable:
     """θ̃ᵢ − θ̂ after `refine` chord steps, and ‖∇J₋ᵢ(θ̃ᵢ)‖."""
     theta, rebuild = ravel(f.model)
 
@@ -76,8 +78,8 @@ def _evaluated_slopes(f: Influence, refine: int, growth: Array, drift: Array | N
         steps = f.response.displace(indices)
         if drift is not None:
             steps = steps + (1 - 1 / growth[indices])[:, None] * drift[None]
-        for _ in range(refine):
-            steps = steps - f.response.solve(jax.vmap(gradient)(indices, steps))
+        chord = lambda _, s: s - f.response.solve(jax.vmap(gradient)(indices, s))
+        steps = jax.lax.fori_loop(0, refine, chord, steps)
         return steps, jnp.linalg.norm(jax.vmap(gradient)(indices, steps), axis=1)
 
     return slopes
@@ -101,38 +103,45 @@ def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
     """The map from steps to bounds on the rounding error of a computed ∇J₋ᵢ(θ̃ᵢ), in norm.
 
     A sum of N terms is wrong by at most N·u times the sum of their sizes, u the unit roundoff. The
-    terms are l2·θ and the n example gradients, of sizes at most ‖Aⱼ‖(‖∂ℓⱼ(θ̂)‖ + β‖Aⱼ‖‖θ̃ᵢ − θ̂‖), each
+    terms are l2·θ and the n example gradients, of sizes at most ‖Aⱼ‖(‖∂ℓⱼ(θ̂)‖ + βⱼ‖Aⱼ‖‖θ̃ᵢ − θ̂‖), each
     with K products of its own. The outputs Aⱼθ + bⱼ behind ∂ℓⱼ are inner products as well, and their
-    error enters through the loss's smoothness β. Inside the loss there are sums over the K outputs and a
-    few roundings more, for which constants stand: 16 for those relative to the outputs, 64 for those
-    relative to its steepest slope. `growth` is what the weights have grown by at most.
+    error enters through βⱼ, the loss's smoothness as far as they have moved from those at θ̂: the least
+    of the global bound and ‖∇²ℓⱼ(θ̂)‖ + t·(that distance), t bounding the third derivative. It is small
+    for points that are fitted. Inside the loss there are sums over the K outputs and a few roundings
+    more, for which constants stand: 16 for those relative to the outputs, 64 for those relative to its
+    steepest slope. `growth` is what the weights have grown by at most.
     """
     theta, _ = ravel(f.model)
-    norms, smooth = affine_jacobian(f).norms(), loss_constants(f).smoothness
-    at_output = lambda z: jnp.linalg.norm(
-        jax.grad(lambda o: f.risk.loss(o, z[1]))(f.risk.output(f.model, z[0]))
-    )
-    slopes = f.risk.mean(norms * jax.vmap(at_output)(f.risk.data))
-    curvature = f.risk.mean(smooth * norms**2)
-    outputs = jax.vmap(lambda x: f.risk.output(f.model, x).reshape(-1))(f.risk.data[0])
-    constant = jnp.linalg.norm(outputs - affine_jacobian(f).push(theta), axis=1)  # ‖bⱼ‖
-    offset = f.risk.mean(smooth * norms * constant)
+    jacobian, constants = affine_jacobian(f), loss_constants(f)
+    norms, each = jacobian.norms(), jacobian.outputs
+    products, unit = jacobian.length + each + 16, jnp.finfo(theta.dtype).eps / 2
+
+    def at_output(z):
+        output = f.risk.output(f.model, z[0])
+        slope = jax.grad(lambda o: f.risk.loss(o, z[1]))(output)
+        hessian = f.risk.loss.output_hessian(output, z[1])
+        return output.reshape(-1), jnp.linalg.norm(slope.reshape(-1)), jnp.linalg.norm(hessian)
+
+    outputs, slopes, bends = jax.vmap(at_output)(f.risk.data)
+    bends = bends + (64 + each) * unit * constants.smoothness
+    constant = jnp.linalg.norm(outputs - jacobian.push(theta), axis=1)  # ‖bⱼ‖
     # A loss without a steepest slope is a polynomial of its output: its roundings are relative.
-    steepest = jnp.asarray(loss_constants(f).lipschitz, theta.dtype)
+    steepest = jnp.asarray(constants.lipschitz, theta.dtype)
     inside = jnp.where(jnp.isfinite(steepest), steepest, 0) * f.risk.mean(norms)
-    each = affine_jacobian(f).outputs
     l2 = jnp.max(f.risk.l2_vector(f.model))
-    products, unit = affine_jacobian(f).length + each + 16, jnp.finfo(theta.dtype).eps / 2
 
-    def bound(steps):
-        moved = jnp.linalg.norm(steps, axis=1)
+    def bound(step):
+        moved = jnp.linalg.norm(step)
         length = jnp.linalg.norm(theta) + moved
-        sizes = curvature * length + offset  # of outputs: ‖A‖‖θ‖ + ‖b‖
-        summed = (f.risk.n + products) * (slopes + curvature * moved)
-        data_terms = summed + products * sizes + (64 + each) * inside
-        return unit * (growth * data_terms + 4 * l2 * length)
+        sizes = norms * length + constant  # of outputs
+        away = norms * moved + 2 * products * unit * sizes  # both are computed, here and at θ̂
+        rise = jnp.where(away > 0, constants.third * away, 0)  # t may be ∞
+        smooth = jnp.minimum(constants.smoothness, bends + rise)
+        summed = (f.risk.n + products) * f.risk.mean(norms * (slopes + smooth * norms * moved))
+        carried = products * f.risk.mean(norms * smooth * sizes)
+        return unit * (growth * (summed + carried + (64 + each) * inside) + 4 * l2 * length)
 
-    return bound
+    return jax.vmap(bound)
 
 
 def settled_radius(f: Influence) -> Float[Array, ""]:

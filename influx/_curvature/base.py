@@ -92,12 +92,15 @@ class AbstractFactored(eqx.Module):
 
 
 class AbstractPerturbable(AbstractFactored):
-    """One that can still be solved with where a matrix of full rank is added, as a Newton step without a
-    point needs it whose share of the Hessian has no low rank."""
+    """One to which any symmetric matrix can be added, and which can still be solved with.
+
+    A Newton step without a point needs it where the point's share of the Hessian has no low rank. The
+    law: `factored.perturbed(p).matvec(v) == factored.matvec(v) + p(v)`, and that of all solves again.
+    """
 
     @abc.abstractmethod
     def perturbed(self, matvec: Callable[[Array], Array]) -> "AbstractPerturbable":
-        """The same curvature with a symmetric matrix, given by its products, added."""
+        """The same curvature with the matrix v ↦ `matvec(v)` added."""
 
 
 class Factored(AbstractPerturbable):
@@ -137,7 +140,28 @@ class Factored(AbstractPerturbable):
         definite = lx.is_positive_semidefinite(self.operator)
         tags = (lx.symmetric_tag, lx.positive_semidefinite_tag) if definite else lx.symmetric_tag
         added = lx.FunctionLinearOperator(matvec, self.operator.in_structure(), lx.symmetric_tag)
-        return Factored(lx.TaggedLinearOperator(self.operator + added, tags), self.solver)
+        sparse = isinstance(self.solver, (lx.Diagonal, lx.Tridiagonal, lx.Triangular))
+        solver = lx.AutoLinearSolver(well_posed=True) if sparse else self.solver
+        return Factored(lx.TaggedLinearOperator(self.operator + added, tags), solver)
+
+
+def damped_product(
+    curvature: "AbstractCurvature",
+    risk: EmpiricalRisk,
+    model: Model,
+    added: Callable[[Array], Array] | None,
+) -> Callable[[Array], Array]:
+    """The map v ↦ (H + λI) v, and what is `added` to it."""
+    product = curvature.matvec(risk, model)
+    damped = lambda v: product(v) + jnp.asarray(curvature.damping, v.dtype) * v
+    return damped if added is None else lambda v: damped(v) + added(v)
+
+
+def both(
+    first: Callable[[Array], Array] | None, second: Callable[[Array], Array]
+) -> Callable[[Array], Array]:
+    """The sum of two matrices by their products, the first of which may be none."""
+    return second if first is None else lambda v: first(v) + second(v)
 
 
 def symmetric(matrix: Float[Array, "P P"]) -> lx.MatrixLinearOperator:
@@ -184,8 +208,8 @@ class AbstractCurvature(eqx.Module):
         jacobian: AbstractJacobian | None,
     ) -> "AbstractNewtonSteps | None":
         """The Newton steps without single points (P10), made ready for `factored`; `None` where one
-        point's share of the curvature is not known. `jacobian` is that of all training outputs,
-        `None` where they are not one array."""
+        point's share of the curvature is not known, or `factored` cannot be solved with without it.
+        `jacobian` is that of all training outputs, `None` where they are not one array."""
 
 
 def check_curvature(curvature) -> AbstractCurvature:

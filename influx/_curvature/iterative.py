@@ -1,6 +1,7 @@
 """Curvatures that are never formed: their products, and an iterative solver of lineax."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +16,14 @@ from .._linalg import ravel
 from .._risk import EmpiricalRisk
 from .._solver.bounds import ritz_values
 from .._solver.minres import MINRES as MinresSolver
-from .base import AbstractCurvature, AbstractFactored, AbstractPerturbable, check_wrapped
+from .base import (
+    AbstractCurvature,
+    AbstractFactored,
+    AbstractPerturbable,
+    both,
+    check_wrapped,
+    damped_product,
+)
 
 
 def _checked_rtol(rtol: Any) -> float | None:
@@ -105,10 +113,7 @@ class Iterative(AbstractPerturbable):
 
     @property
     def matvec(self):
-        product = self.curvature.matvec(self.risk, self.model)
-        damped = lambda v: product(v) + jnp.asarray(self.curvature.damping, v.dtype) * v
-        added = self.added
-        return damped if added is None else lambda v: damped(v) + added(v)
+        return damped_product(self.curvature, self.risk, self.model, self.added)
 
     def try_solve(self, v):
         x, converged, _ = self.counted_solve(v)
@@ -140,7 +145,7 @@ class Iterative(AbstractPerturbable):
         return eqx.tree_at(where, self, (None, max_steps), is_leaf=lambda x: x is None)
 
     def perturbed(self, matvec):
-        return eqx.tree_at(lambda f: f.added, self, matvec, is_leaf=lambda x: x is None)
+        return replace(self, added=both(self.added, matvec))
 
 
 def _definite(matvec: Callable[[Array], Array], like: Array) -> lx.AbstractLinearOperator:

@@ -144,7 +144,8 @@ class HeldWoodbury(AbstractNewtonSteps):
 
 
 class Perturbed(AbstractNewtonSteps):
-    """Steps where ∇²ℓᵢ has no low rank: one solve with H₋ᵢ = H − (wᵢ/n)∇²ℓᵢ a point."""
+    """Steps where ∇²ℓᵢ has no low rank: one solve with H₋ᵢ = H − (wᵢ/n)∇²ℓᵢ a point. That H₋ᵢ ≻ 0 is
+    seen by Cholesky factors; iterative solvers that need it may not notice."""
 
     damping: Scalar
 

@@ -13,7 +13,14 @@ from .._checks import check_key, is_concrete
 from .._custom_types import Model
 from .._linalg import dot, products, ravel
 from .._risk import EmpiricalRisk
-from .base import AbstractCurvature, AbstractFactored, AbstractPerturbable, factor_matrix
+from .base import (
+    AbstractCurvature,
+    AbstractFactored,
+    AbstractPerturbable,
+    both,
+    damped_product,
+    factor_matrix,
+)
 
 # Multiples of the machine epsilon, of the largest eigenvalue, below which one may be rounding.
 _ROUNDING = 32
@@ -126,10 +133,7 @@ class Galerkin(AbstractPerturbable):
 
     @property
     def matvec(self):
-        product = self.curvature.matvec(self.risk, self.model)
-        damped = lambda v: product(v) + jnp.asarray(self.curvature.damping, v.dtype) * v
-        added = self.added
-        return damped if added is None else lambda v: damped(v) + added(v)
+        return damped_product(self.curvature, self.risk, self.model, self.added)
 
     @property
     def solve_flops(self):
@@ -142,7 +146,7 @@ class Galerkin(AbstractPerturbable):
     def perturbed(self, matvec):
         inside = self.inner.perturbed(lambda u: dot(self.basis, matvec(dot(u, self.basis))))
         parts = self.risk, self.model, self.curvature, self.basis
-        return Galerkin(*parts, inside, added=matvec)
+        return Galerkin(*parts, inside, both(self.added, matvec))
 
 
 def galerkin(curvature: AbstractCurvature, risk, model, basis: Float[Array, "k P"]) -> Galerkin:

@@ -77,7 +77,8 @@ class Implicit(AbstractResponse):
         if self.newton is None:
             raise ValueError(
                 f"{type(self.curvature).__name__} does not say what one point adds to the "
-                "curvature, so a Newton step without that point is undefined. Use Hessian() or "
+                f"curvature, or {type(self.factored).__name__}, by which it solves, is no "
+                "AbstractPerturbable: a Newton step without that point is undefined. Use Hessian() or "
                 'GaussNewton(), or the first order: `removal(f, "first-order")`, `memorization(f, '
                 '"first-order")`.'
             )
