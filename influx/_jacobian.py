@@ -98,6 +98,11 @@ class AbstractJacobian(eqx.Module):
     def norms(self) -> Float[Array, " n"]:
         """A bound on ‖Aᵢ‖₂: itself for a head, else at most K^(1/16) times it."""
 
+    @abc.abstractmethod
+    def absolute_norms(self) -> Float[Array, " n"]:
+        """A bound on ‖|Aᵢ|‖₂, |A| being A without its signs: what the rounding of Aᵢv and Aᵢᵀu goes by.
+        That of |Aᵢ| for a head, else ‖Aᵢ‖_F."""
+
 
 class OutputJacobian(AbstractJacobian):
     """Jacobians by reverse mode, recomputed chunk by chunk: any model, no [n, K, P] array kept."""
@@ -178,6 +183,9 @@ class OutputJacobian(AbstractJacobian):
         largest = jnp.max(jnp.sum(jnp.abs(fourth), axis=2), axis=1)
         rounding = 1 + 64 * self.outputs * jnp.finfo(outer.dtype).eps
         return jnp.sqrt(size * largest**0.25) * rounding
+
+    def absolute_norms(self):
+        return jnp.sqrt(jnp.trace(self.outer(), axis1=1, axis2=2))
 
     def pull(self, u):
         theta, _ = ravel(self.model)
@@ -295,6 +303,9 @@ class HeadJacobian(AbstractJacobian):
 
     def norms(self):
         return jnp.linalg.norm(self.features, axis=1)
+
+    def absolute_norms(self):
+        return self.norms()
 
     def pull(self, u):
         return self._join(u[:, :, None] * self.features[:, None, :])

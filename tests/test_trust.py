@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import influx as ix
+from influx._certify.affine import affine
 from influx._certify.enclosure import _rounding
 from influx._gradients import risk_gradient
 from influx._linalg import ravel
@@ -258,16 +259,105 @@ def test_enclosures_hold_beyond_double_precision(l2):
             assert not np.any(np.asarray(got.certified) & (sign * truth <= 0))
 
 
+@pytest.mark.parametrize("weight", [1.0, 1e3])
+def test_enclosures_of_fitted_queries_hold_under_class_weights(weight):
+    """ℓ → cℓ, Ω → cΩ: the same parameters, c times the change and c times the loss's own rounding."""
+    rng = np.random.default_rng(3)
+    x = np.round(64 * rng.normal(size=(10, 2))) / 64
+    y = (x.sum(axis=1) + np.round(64 * rng.normal(size=10)) / 64 > 0).astype(int)
+    loss = ix.SoftmaxCrossEntropy(class_weights=np.full(2, weight))
+    risk = ix.EmpiricalRisk((x, y), loss, l2=weight / 32)
+    start = eqx.nn.Linear(2, 2, use_bias=False, key=jr.key(0))
+    f = ix.influence(risk, ix.fit(risk, start, ix.Newton(tolerance=3e-15 * weight)))
+    W = extended_retraining(x, y, np.ones(10), 1 / 32)
+    ends = np.linspace(32, 36.8, 60) / float(W[1, 0] - W[0, 0])  # logits 32 … 36.8 apart
+    queries = np.stack([ends, 0 * ends], axis=1), np.ones(60, int)
+    at = long_loss(W, *queries)
+    keep = [(np.arange(10) != i).astype(float) for i in range(10)]
+    each = [long_loss(extended_retraining(x, y, w, 1 / 32), *queries) - at for w in keep]
+    truth = weight * np.stack(each, axis=1)
+    got = ix.certify(f, queries, refine=100)
+    assert np.all((np.asarray(got.lower) <= truth) & (truth <= np.asarray(got.upper)))
+    scale = weight * np.finfo(float).eps
+    assert float(jnp.max(got.upper - got.lower)) < 1e3 * scale  # and no wider than it needs to be
+
+
+def extended_logistic(x, y, weights, l2: float):
+    """Logistic regression of one output with a bias, minimised in 80 bits."""
+    long = np.longdouble
+    x = np.concatenate([x, np.ones((len(x), 1))], axis=1).astype(long)
+    theta, weights = np.zeros(x.shape[1], long), weights.astype(long)
+    for _ in range(60):
+        p = 1 / (1 + np.exp(-x @ theta))
+        gradient = x.T @ (weights * (p - y)) / len(x) + long(l2) * theta
+        H = ((weights * p * (1 - p))[:, None] * x).T @ x / len(x) + long(l2) * np.eye(x.shape[1])
+        theta = theta - np.linalg.solve(H.astype(float), gradient.astype(float)).astype(long)
+    assert np.linalg.norm(gradient) < 1e-17
+    return theta
+
+
+@pytest.mark.parametrize("outputs", [1, 10])
+def test_enclosures_of_fitted_queries_hold_for_yes_or_no_labels(outputs):
+    """Where every label's loss is small and its logit is not."""
+    rng = np.random.default_rng(0)
+    x = np.round(64 * rng.normal(size=(8, 1))) / 64
+    y = (x[:, 0] + np.round(64 * rng.normal(size=8)) / 128 > 0).astype(int)
+    y[0] = 1 - y[0]
+    all_alike = np.repeat(y[:, None], outputs, axis=1)
+    risk = ix.EmpiricalRisk((x, all_alike), ix.BinaryCrossEntropy(), l2=1 / 32)
+    start = eqx.nn.Linear(1, outputs, key=jr.key(0))
+    f = ix.influence(risk, ix.fit(risk, start, ix.Newton(tolerance=1e-14)))
+    theta = extended_logistic(x, y, np.ones(8), 1 / 32)
+    ends = (np.linspace(33, 33.6, 100) - float(theta[1])) / float(theta[0])
+    loss = lambda t: outputs * np.log1p(np.exp(-(t[0] * ends.astype(np.longdouble) + t[1])))
+    keep = [(np.arange(8) != i).astype(float) for i in range(8)]
+    without = [loss(extended_logistic(x, y, w, 1 / 32)) - loss(theta) for w in keep]
+    truth = np.stack(without, axis=1)
+    queries = ends[:, None], np.ones((100, outputs), int)
+    got = ix.certify(f, queries, refine=80)
+    assert np.all((np.asarray(got.lower) <= truth) & (truth <= np.asarray(got.upper)))
+
+
+@pytest.mark.parametrize("apart", [1.0, 1e6])
+def test_what_a_program_cancels_on_its_way_is_no_rounding_of_the_certificate(apart):
+    """A head on tokens that are far apart, and whose mean is what counts."""
+    rng = np.random.default_rng(0)
+    mean = np.round(256 * rng.normal(size=(20, 3))) / 256
+    away = apart * np.round(64 * rng.normal(size=(20, 2, 3))) / 64
+    tokens = mean[:, None] + np.concatenate([away, -away], axis=1)
+    assert np.all(tokens.mean(axis=1) == mean)
+    y = rng.integers(0, 2, 20)
+    predict = lambda model, z: jnp.mean(jax.vmap(model)(z), axis=0)
+    risk = ix.EmpiricalRisk((tokens, y), ix.SoftmaxCrossEntropy(), l2=0.1, predict=predict)
+    pooled = ix.EmpiricalRisk((mean, y), ix.SoftmaxCrossEntropy(), l2=0.1)
+    model = ix.fit(pooled, eqx.nn.Linear(3, 2, use_bias=False, key=jr.key(0)), ix.Newton())
+    f = ix.influence(risk, model)
+    theta, _ = ravel(model)
+    exact = long_gradient(np.asarray(theta), mean, y, 0.1, 0.0)
+    error = np.linalg.norm(np.asarray(risk_gradient(affine(f).risk, model)) - exact)
+    assert error <= float(_rounding(affine(f))(jnp.zeros((1, theta.size)))[0])
+    queries = mean[:5], y[:5]
+    at = long_loss(extended_retraining(mean, y, np.ones(20), 0.1), *queries)
+    keep = [(np.arange(20) != i).astype(float) for i in range(20)]
+    each = [long_loss(extended_retraining(mean, y, w, 0.1), *queries) - at for w in keep]
+    for options in ({"refine": 30}, {"tier": 2}):
+        got = ix.certify(f, (tokens[:5], y[:5]), **options)
+        truth = np.stack(each, axis=1)
+        assert np.all((np.asarray(got.lower) <= truth) & (truth <= np.asarray(got.upper)))
+
+
 def long_gradient(theta, x, y, l2: float, offset: float):
-    """∇J of a linear layer's parameters (weight, then bias) in 80 bits, the data as they are."""
+    """∇J of a linear layer's parameters (weight, then bias, if any) in 80 bits, the data as they are."""
     long = np.longdouble
     C, (n, d) = int(y.max()) + 1, x.shape
     W, b = theta[: C * d].reshape(C, d).astype(long), theta[C * d :].astype(long)
+    has_bias, b = b.size > 0, b if b.size else np.zeros(C, long)
     z = x.astype(long) @ W.T + b + long(offset)
     p = np.exp(z - z.max(axis=1, keepdims=True))
     error = p / p.sum(axis=1, keepdims=True) - np.eye(C, dtype=long)[y]
     weight = error.T @ x.astype(long) / n + long(l2) * W
-    return np.concatenate([weight.ravel(), error.sum(axis=0) / n + long(l2) * b])
+    bias = error.sum(axis=0) / n + long(l2) * b
+    return np.concatenate([weight.ravel(), bias] if has_bias else [weight.ravel()])
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -284,11 +374,11 @@ def test_the_bound_on_a_gradients_rounding_contains_it(scale, size, offset):
     vector[24:] = size * rng.normal(size=4)
     rebuild = ravel(model)[1]
     model = rebuild(jnp.asarray(vector))
-    f = ix.influence(risk, model, ix.GaussNewton())
+    f = affine(ix.influence(risk, model, ix.GaussNewton()))
     for moved in (0.0, 1.0):
         step = moved * rng.normal(size=28) * np.abs(vector)
         at = jnp.asarray(vector + step)
-        got = np.asarray(risk_gradient(risk, rebuild(at)))
+        got = np.asarray(risk_gradient(f.risk, rebuild(at)))
         error = np.linalg.norm(got - long_gradient(np.asarray(at), x, y, 1e-2, offset))
         bound = float(_rounding(f)(jnp.asarray(step)[None])[0])
         assert error <= bound
@@ -308,10 +398,10 @@ def test_the_bound_on_rounding_follows_to_where_the_loss_bends():
     predict = lambda model, z: model(z) + offset
     risk = ix.EmpiricalRisk((x, y), ix.SoftmaxCrossEntropy(), l2=1e-2, predict=predict)
     rebuild = ravel(eqx.nn.Linear(6, 4, key=jr.key(0)))[1]
-    f = ix.influence(risk, rebuild(jnp.asarray(vector)), ix.GaussNewton())
+    f = affine(ix.influence(risk, rebuild(jnp.asarray(vector)), ix.GaussNewton()))
     step = -0.999 * vector
     at = jnp.asarray(vector + step)
-    got = np.asarray(risk_gradient(risk, rebuild(at)))
+    got = np.asarray(risk_gradient(f.risk, rebuild(at)))
     error = np.linalg.norm(got - long_gradient(np.asarray(at), x, y, 1e-2, offset))
     assert 1e-12 < error <= float(_rounding(f)(jnp.asarray(step)[None])[0])
 

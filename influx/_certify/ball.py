@@ -1,14 +1,15 @@
 """A measurement on a ball of parameters: its value at the centre, and how far it can be from it."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from .._influence import Influence
+from .._jacobian import AbstractJacobian
 from .._linalg import einsum, ravel
+from .._measurement import MeasurementConstants
+from .affine import OutputSizes, Rows, output_sizes
 
 
 class Ball(eqx.Module):
@@ -31,64 +32,69 @@ def _product(lipschitz, radius):
     return jnp.where(jnp.isfinite(lipschitz), lipschitz * radius, jnp.inf)
 
 
-def ball(f: Influence, measurement, step, query, outer, norm) -> Ball:
-    """One query's measurement at θ̂ + step; `outer` is A Aᵀ of its output, `norm` is ‖A‖₂."""
+class Reach(eqx.Module):
+    """What a query's outputs can do on a ball: ‖A‖₂ and A Aᵀ, and how far they round."""
+
+    norm: Float[Array, ""]
+    outer: Float[Array, "K K"]
+    sizes: OutputSizes
+
+
+def reach(jacobian: AbstractJacobian, rows: Rows) -> Reach:
+    """That of each input, its rows and their Jacobian given."""
+    return Reach(jacobian.norms(), jacobian.outer(), output_sizes(jacobian, rows))
+
+
+def ball(f: Influence, measurement, step, query, within: Reach) -> Ball:
+    """One query's measurement at θ̂ + step."""
     theta, rebuild = ravel(f.model)
     x, y = query
     output = f.risk.output(rebuild(theta + step), x)
     of_output = lambda o: measurement.of_output(f.risk.loss, o.reshape(output.shape), y)
     flat = output.reshape(-1)
-    rows = jax.jacrev(of_output)(flat)
-    slope = jnp.sqrt(jnp.maximum(einsum("...k,kl,...l->...", rows, outer, rows), 0))
+    value, rows = of_output(flat), jax.jacrev(of_output)(flat)
+    slope = jnp.sqrt(jnp.maximum(einsum("...k,kl,...l->...", rows, within.outer, rows), 0))
     bounds = measurement.constants(f.risk, f.model)
     # The components of a vector measurement share their bounds.
     shared = lambda bound: jnp.broadcast_to(bound, slope.shape)
-    value, steepness = of_output(flat), jnp.linalg.norm(rows, axis=-1)
     return Ball(
         value,
         slope,
-        shared(bounds.lipschitz * norm),
-        shared(bounds.smoothness * norm**2),
-        _value_rounding(value, steepness, bounds.smoothness, flat, norm, theta + step),
+        shared(bounds.lipschitz * within.norm),
+        shared(bounds.smoothness * within.norm**2),
+        _value_rounding(value, rows, bounds, within.sizes.error(jnp.linalg.norm(theta + step))),
     )
 
 
-def _value_rounding(value, steepness, smoothness, output, norm, theta) -> Array:
-    """How far a computed m can be from m: the error of the output, carried on by ∂m, and that of the
-    few operations from there on. An output Aθ + b is wrong by P·u·(‖A‖‖θ‖ + ‖b‖), and ‖b‖ is at most
-    ‖output‖ + ‖A‖‖θ‖."""
-    unit = jnp.finfo(value.dtype).eps / 2
-    shift = unit * theta.size * (2 * norm * jnp.linalg.norm(theta) + jnp.linalg.norm(output))
-    few = 64 + output.size  # a sum over K outputs, and what is done to it
-    return few * unit * (jnp.abs(value) + 1) + steepness * shift + smoothness * shift**2
+def slope_scale(lipschitz) -> Array:
+    """The steepest slope as a scale of rounding. A loss without one is a polynomial of its output:
+    its roundings are relative, and this is 0."""
+    return jnp.where(jnp.isfinite(lipschitz), lipschitz, 0)
 
 
-def mean_ball(f: Influence, step, queries, norms) -> Ball:
-    """The mean of a scalar measurement over queries at θ̂ + step; `norms` are their ‖A‖."""
+def _value_rounding(value, rows, bounds: MeasurementConstants, error) -> Array:
+    """How far a computed m can be from m, `rows` being ∂m and `error` bounding that of its output: the
+    output's error carried on, and that of a sum over K outputs with a few operations around it, relative
+    to the value and to the steepest slope."""
+    few = (64 + rows.shape[-1]) * jnp.finfo(value.dtype).eps / 2
+    carried = jnp.linalg.norm(rows, axis=-1) * error + bounds.smoothness * error**2
+    return few * (jnp.abs(value) + slope_scale(bounds.lipschitz)) + carried
+
+
+def mean_ball(f: Influence, step, queries, within: Reach) -> Ball:
+    """The mean of a scalar measurement over queries at θ̂ + step."""
     theta, rebuild = ravel(f.model)
 
     def average(t):
         return jnp.mean(jax.vmap(lambda q: f.measurement(f.risk, rebuild(t), q))(queries))
 
     value, gradient = jax.value_and_grad(average)(theta + step)
-    bounds = f.measurement.constants(f.risk, f.model)
-
-    measurement: Any = f.measurement  # of the output: `constants` has answered
-
-    def rounding(query, norm):
-        x, y = query
-        output = f.risk.output(rebuild(theta + step), x)
-        of_output = lambda o: measurement.of_output(f.risk.loss, o.reshape(output.shape), y)
-        at, row = jax.value_and_grad(of_output)(output.reshape(-1))
-        steepness, flat = jnp.linalg.norm(row), output.reshape(-1)
-        return _value_rounding(at, steepness, bounds.smoothness, flat, norm, theta + step), at
-
-    each, values = jax.vmap(rounding)(queries, norms)
-    of_sum = norms.size * jnp.finfo(value.dtype).eps / 2 * jnp.mean(jnp.abs(values))
+    each = jax.vmap(lambda q, w: ball(f, f.measurement, step, q, w))(queries, within)
+    of_sum = within.norm.size * jnp.finfo(value.dtype).eps / 2 * jnp.mean(jnp.abs(each.value))
     return Ball(
         value,
         jnp.linalg.norm(gradient),
-        jnp.mean(bounds.lipschitz * norms),
-        jnp.mean(bounds.smoothness * norms**2),
-        jnp.mean(each) + of_sum,
+        jnp.mean(each.lipschitz),
+        jnp.mean(each.smoothness),
+        jnp.mean(each.rounding) + of_sum,
     )

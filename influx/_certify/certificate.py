@@ -10,15 +10,16 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._checks import check_flag, check_indices, check_whole, require_concrete
 from .._chunks import map_blocks, take
 from .._influence import Influence, check_influence
-from .._jacobian import AbstractJacobian, output_jacobian
+from .._jacobian import output_jacobian
 from .._linalg import ravel
 from .._measurement import Margin
 from .._memorization import memorization_label
 from .._response import implicit_response
 from .._scale import Unscaled
 from .._validate import require_labels
-from .ball import Ball, ball, mean_ball
-from .enclosure import affine_jacobian, enclosures, loss_constants, output_struct, settled_radius
+from .affine import affine, affine_jacobian, affine_rows, output_struct
+from .ball import Ball, Reach, ball, mean_ball, reach
+from .enclosure import enclosures, loss_constants, settled_radius
 
 # What the points of one block need should stay in cache.
 _CACHE_BYTES = 8 * 2**20
@@ -79,19 +80,22 @@ def certify(
     - `mean`: enclose the mean over the queries, as one measurement.
     - `refine`: further chord steps θ̃ ← θ̃ − H⁻¹∇J₋ᵢ(θ̃), one gradient each (tier 1 only). One of
       them decides most signs of a held-out change.
-    - `renormalise`: the truth is training on the mean over the *other* points, whose weights grow to
-      wⱼ·W/(W − wᵢ), W = Σw (n/(n − 1) for equal ones), where by default the point is erased: 1/n
-      stays. Tier 1 only. It is the removal whose first order is `value(f, heldout).value_centred`.
+    - `renormalise`: the truth is training where the *other* points take over the weight of the removed
+      one, wⱼ·W/(W − wᵢ) with W = Σw, so that equal weights of 1 give the mean over n − 1 points. By
+      default the point is erased: 1/n stays. Tier 1 only. It is the removal whose first order is
+      `value(f, heldout).value_centred`.
 
-    Rounding is enclosed as well: a term for the slope in every radius, and one for m itself. Data and
-    frozen layers count as exact. The upper end of a margin is capped by P3:
+    Rounding is enclosed as well: a term for the slope in every radius, and one for m itself. What the
+    model's program computes of A and b in its outputs Aθ + b, from data and frozen layers, counts as
+    exact. The upper end of a margin is capped by P3:
     γᵢ(θ̂₋ᵢ) ≤ γᵢ(θ̂) for hard labels, where points are erased.
 
     **Raises:** `ValueError` unless the outputs are affine in the kept parameters, l2 > 0 on every one
     of them, the arithmetic is float64, the loss and measurement have known bounds, and the curvature
     is a Hessian or Gauss–Newton matrix.
 
-    **Cost:** one Newton step per point, and at tier 1 (1 + refine) gradients of J₋ᵢ.
+    **Cost:** one Newton step per point, and at tier 1 (1 + refine) gradients of J₋ᵢ, none of them
+    through frozen layers. A and b are held: n·d numbers for a linear head on d features, else n·K·P.
 
     **Source:** the strong-convexity bound is classical; for certified removal see Guo, Goldstein,
     Hannun & van der Maaten, arXiv:1911.03030. Tiers and constants are this project's (P11).
@@ -108,7 +112,7 @@ def certify(
         eqx.filter_eval_shape(f.risk.loss.class_logits, output_struct(f))
         require_labels(f.risk)
         loss_constants(f)
-        return _own_margins(f, indices, tier, chords, renormalise)
+        return _own_margins(affine(f), indices, tier, chords, renormalise)
     f.measurement.check(f.risk, f.model, queries)
     f.measurement.constants(f.risk, f.model)
     arrays = jtu.tree_map(jnp.asarray, queries)
@@ -118,8 +122,11 @@ def certify(
             f"`mean=True` takes the mean of one number a query, and this measurement has "
             f"{example.shape}. Choose a class: `classification(f, kind, class_=0)`."
         )
-    jacobian = output_jacobian(f.risk, f.model, arrays[0])
-    return _changes(f, arrays, jacobian, indices, tier, chords, renormalise, mean)
+    inputs, targets = arrays
+    jacobian = output_jacobian(f.risk, f.model, inputs)
+    rows = affine_rows(f, jacobian, inputs)
+    within = reach(jacobian, rows)
+    return _changes(affine(f), (rows, targets), within, indices, tier, chords, renormalise, mean)
 
 
 def _check(f: Influence, tier: int, refine: int, renormalise: bool) -> None:
@@ -177,15 +184,15 @@ def _block(f: Influence, tier: int, items: int = 0) -> int:
 def _own_margins(f: Influence, indices, tier: int, refine: Array, renormalise: bool) -> Certificate:
     theta, _ = ravel(f.model)
     enclose, settled = enclosures(f, tier, refine, renormalise), settled_radius(f)
-    own = lambda step, z, o, norm: ball(f, Margin(), step, z, o, norm)
+    own = lambda step, z, within: ball(f, Margin(), step, z, within)
 
     def block(places):
         i = indices[places]
         steps, radius = enclose(i)
-        data, jacobian = take(f.risk.data, i), affine_jacobian(f).take(i)
-        outer, norms = jacobian.outer(), jacobian.norms()
-        without = jax.vmap(own)(steps, data, outer, norms)
-        at = jax.vmap(own, (None, 0, 0, 0))(jnp.zeros_like(theta), data, outer, norms)
+        data = take(f.risk.data, i)
+        within = reach(affine_jacobian(f).take(i), data[0])
+        without = jax.vmap(own)(steps, data, within)
+        at = jax.vmap(own, (None, 0, 0))(jnp.zeros_like(theta), data, within)
         error, error_at = without.error(radius), at.error(settled)
         lower, upper = without.value - error, without.value + error
         if loss_constants(f).hard and not renormalise:  # P3, for points that were trained on
@@ -209,7 +216,7 @@ def _decides(margin, error, lower, upper) -> Bool[Array, " k"]:
 def _changes(
     f: Influence,
     queries,
-    jacobian: AbstractJacobian,
+    within: Reach,
     indices,
     tier: int,
     refine: Array,
@@ -218,13 +225,11 @@ def _changes(
 ) -> Certificate:
     theta, _ = ravel(f.model)
     enclose = enclosures(f, tier, refine, renormalise)
-    outer, norms = jacobian.outer(), jacobian.norms()
 
     def balls(step):
         if mean:
-            return mean_ball(f, step, queries, norms)
-        one = lambda q, o, norm: ball(f, f.measurement, step, q, o, norm)
-        return jax.vmap(one)(queries, outer, norms)
+            return mean_ball(f, step, queries, within)
+        return jax.vmap(lambda q, w: ball(f, f.measurement, step, q, w))(queries, within)
 
     before = balls(jnp.zeros_like(theta))
     slack = before.error(settled_radius(f))
@@ -236,7 +241,7 @@ def _changes(
         change = after.value - before.value[None]
         return change - error, change + error, radius
 
-    rows = _block(f, tier, norms.size * jacobian.outputs)
+    rows = _block(f, tier, queries[0].constant.size)
     lower, upper, radius = map_blocks(block, indices.size, rows)
     lower, upper = jnp.moveaxis(lower, 0, -1), jnp.moveaxis(upper, 0, -1)
     return Certificate(lower, upper, (lower > 0) | (upper < 0), radius, None)

@@ -8,22 +8,10 @@ from jaxtyping import Array, Float
 
 from .._gradients import risk_gradient
 from .._influence import Influence
-from .._jacobian import AbstractJacobian
 from .._linalg import ravel
 from .._loss import LossConstants
-from .._response import implicit_response
-
-
-def affine_jacobian(f: Influence) -> AbstractJacobian:
-    jacobian = implicit_response(f.response, "certify").jacobian
-    assert jacobian is not None  # `certify` has seen to it
-    return jacobian
-
-
-def output_struct(f: Influence) -> jax.ShapeDtypeStruct:
-    output = implicit_response(f.response, "certify").output
-    assert output is not None  # `certify` has seen to it
-    return output
+from .affine import affine_jacobian, output_sizes, output_struct
+from .ball import slope_scale
 
 
 def loss_constants(f: Influence) -> LossConstants:
@@ -102,44 +90,41 @@ def _bounded_slopes(f: Influence) -> Callable:
 def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
     """The map from steps to bounds on the rounding error of a computed ∇J₋ᵢ(θ̃ᵢ), in norm.
 
-    A sum of N terms is wrong by at most N·u times the sum of their sizes, u the unit roundoff. The
-    terms are l2·θ and the n example gradients, of sizes at most ‖Aⱼ‖(‖∂ℓⱼ(θ̂)‖ + βⱼ‖Aⱼ‖‖θ̃ᵢ − θ̂‖), each
-    with K products of its own. The outputs Aⱼθ + bⱼ behind ∂ℓⱼ are inner products as well, and their
-    error enters through βⱼ, the loss's smoothness as far as they have moved from those at θ̂: the least
-    of the global bound and ‖∇²ℓⱼ(θ̂)‖ + t·(that distance), t bounding the third derivative. It is small
-    for points that are fitted. Inside the loss there are sums over the K outputs and a few roundings
-    more, for which constants stand: 16 for those relative to the outputs, 64 for those relative to its
-    steepest slope. `growth` is what the weights have grown by at most.
+    Outputs are wrong by what `OutputSizes` says, and that enters ∂ℓⱼ through βⱼ, the loss's smoothness
+    as far as outputs have moved from those at θ̂: the least of the global bound and ‖∇²ℓⱼ(θ̂)‖ + t·(that
+    distance), t bounding the third derivative. It is small for points that are fitted. Then a sum of N
+    terms is wrong by at most N·u times the sum of their sizes. The terms are l2·θ and the n example
+    gradients, of sizes at most ‖|Aⱼ|‖(‖∂ℓⱼ(θ̂)‖ + βⱼ‖Aⱼ‖‖θ̃ᵢ − θ̂‖), each with K products of its own.
+    Inside the loss there are sums over the K outputs and a few roundings more, for which 64 stands,
+    relative to its steepest slope. `growth` is what the weights have grown by at most.
     """
     theta, _ = ravel(f.model)
-    jacobian, constants = affine_jacobian(f), loss_constants(f)
-    norms, each = jacobian.norms(), jacobian.outputs
-    products, unit = jacobian.length + each + 16, jnp.finfo(theta.dtype).eps / 2
+    constants, sizes = loss_constants(f), output_sizes(affine_jacobian(f), f.risk.data[0])
+    norms, each = sizes.norms, affine_jacobian(f).outputs
+    unit = jnp.finfo(theta.dtype).eps / 2
 
     def at_output(z):
         output = f.risk.output(f.model, z[0])
         slope = jax.grad(lambda o: f.risk.loss(o, z[1]))(output)
         hessian = f.risk.loss.output_hessian(output, z[1])
-        return output.reshape(-1), jnp.linalg.norm(slope.reshape(-1)), jnp.linalg.norm(hessian)
+        return jnp.linalg.norm(slope.reshape(-1)), jnp.linalg.norm(hessian)
 
-    outputs, slopes, bends = jax.vmap(at_output)(f.risk.data)
+    slopes, bends = jax.vmap(at_output)(f.risk.data)
     bends = bends + (64 + each) * unit * constants.smoothness
-    constant = jnp.linalg.norm(outputs - jacobian.push(theta), axis=1)  # ‖bⱼ‖
-    # A loss without a steepest slope is a polynomial of its output: its roundings are relative.
-    steepest = jnp.asarray(constants.lipschitz, theta.dtype)
-    inside = jnp.where(jnp.isfinite(steepest), steepest, 0) * f.risk.mean(norms)
+    inside = (64 + each) * unit * slope_scale(constants.lipschitz) * f.risk.mean(norms)
     l2 = jnp.max(f.risk.l2_vector(f.model))
 
     def bound(step):
         moved = jnp.linalg.norm(step)
         length = jnp.linalg.norm(theta) + moved
-        sizes = norms * length + constant  # of outputs
-        away = norms * moved + 2 * products * unit * sizes  # both are computed, here and at θ̂
+        error = sizes.error(length)
+        away = norms * moved + 2 * error  # both outputs are computed, here and at θ̂
         rise = jnp.where(away > 0, constants.third * away, 0)  # t may be ∞
         smooth = jnp.minimum(constants.smoothness, bends + rise)
-        summed = (f.risk.n + products) * f.risk.mean(norms * (slopes + smooth * norms * moved))
-        carried = products * f.risk.mean(norms * smooth * sizes)
-        return unit * (growth * (summed + carried + (64 + each) * inside) + 4 * l2 * length)
+        summed = f.risk.mean(norms * (slopes + smooth * norms * moved))
+        of_sum = (f.risk.n + sizes.terms) * unit * summed
+        carried = f.risk.mean(norms * smooth * error)
+        return growth * (of_sum + carried + inside) + 4 * unit * l2 * length
 
     return jax.vmap(bound)
 

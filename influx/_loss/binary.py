@@ -22,7 +22,9 @@ class BinaryCrossEntropy(AbstractLoss):
         return True
 
     def __call__(self, output, target):
-        return jnp.sum(jnn.softplus(output) - target.astype(output.dtype) * output)
+        # softplus(z) − z would lose the digits of a large z; what is no label is NaN, under a trace too.
+        signed = jnp.where(target == 1, -output, jnp.where(target == 0, output, jnp.nan))
+        return jnp.sum(jnn.softplus(signed))
 
     def output_hessian(self, output, target):
         z = output.reshape(-1)
