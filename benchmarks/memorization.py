@@ -24,6 +24,9 @@ them relative to the median change of all points.
 **Wide**: the same for the last layer of the convolutional network, 15,690 parameters, on 400 points
 drawn at random. One Hessian serves all of it: the certificate, and the retrainings by chord steps. With
 several threads OpenBLAS crashes in its Cholesky factorisation.
+
+What is compared with certificates is float64 retraining, which ends where their own gradient is 0: it
+tests radius and constants, not the allowance for rounding, which tests in extended precision judge.
 """
 
 import sys
@@ -258,8 +261,9 @@ def head_of(name: str, layer: Callable, trainer=EXACT):
 
 
 class Held(AbstractTrainer):
-    """The chord steps that `Newton` attempts first, their inverse Hessian given: where they end does
-    not depend on it. Trainings that take many of them are repeated by Newton–CG."""
+    """The chord steps that `Newton` attempts first, their inverse Hessian given. Where they end depends on
+    it by no more than 2(tolerance + rounding of ∇J)/μ. Trainings that take many of them are repeated by
+    Newton–CG."""
 
     inverse: Any
     chord: AbstractTrainer

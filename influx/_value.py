@@ -41,8 +41,8 @@ def value(f: Influence, heldout: PyTree[Array]) -> Value:
 
     **Two conventions.** `value` erases (1/n and l2 stay); `value_centred` renormalises (the mean over
     n − 1 points, as training with weight decay does): removing then changes L_V by about
-    wᵢ(Gᵢ − Ḡ)/n, Ḡ the weighted mean. Both are positive for helpful points; verdicts are those of
-    `value`.
+    wᵢ(Gᵢ − Ḡ)/n, Ḡ the weighted mean. Each is positive where a removal of its own kind raises L_V;
+    verdicts are those of `value`.
 
     Read it on held-out data only. On the training data effects cancel: without a regulariser they sum
     to 0 over all points, and every point looks harmful to the *other* ones (P4).

@@ -7,6 +7,7 @@ from ._curvature import AbstractCurvature as AbstractCurvature
 from ._curvature import AbstractFactored as AbstractFactored
 from ._curvature import AbstractMatrixCurvature as AbstractMatrixCurvature
 from ._curvature import AbstractPerturbable as AbstractPerturbable
+from ._curvature import AbstractWrapped as AbstractWrapped
 from ._curvature import Factored as Factored
 from ._linalg import ravel as ravel
 from ._loss import AbstractLoss as AbstractLoss

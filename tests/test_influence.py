@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import influx as ix
 from influx._solver.minres import MINRES as Minres
-from influx.extend import AbstractCurvature, AbstractFactored, Factored, ravel
+from influx.extend import AbstractFactored, AbstractWrapped, Factored, ravel
 from proofs_checks import _oracle as oracle
 from proofs_checks._library import model_at, queries, risk_of
 from proofs_checks._problems import draw
@@ -169,28 +169,14 @@ def test_newton_displacements_are_those_of_the_reduced_problem(name, curvature):
     )
 
 
-class Solved(AbstractCurvature):
+class Solved(AbstractWrapped):
     """`curvature`, solved with by what `ready` makes of its damped products and the parameters."""
 
-    curvature: AbstractCurvature
     ready: Callable
-
-    @property
-    def damping(self):
-        return self.curvature.damping
-
-    def matvec(self, risk, model):
-        return self.curvature.matvec(risk, model)
-
-    def lower_end(self, risk, model):
-        return self.curvature.lower_end(risk, model)
 
     def factor(self, risk, model):
         product = self.curvature.matvec(risk, model)
         return self.ready(lambda v: product(v) + self.damping * v, ravel(model)[0])
-
-    def newton_steps(self, risk, model, factored, jacobian):
-        return self.curvature.newton_steps(risk, model, factored, jacobian)
 
 
 def by_lineax(solver, *tags):

@@ -3,6 +3,7 @@ from .base import AbstractCurvature as AbstractCurvature
 from .base import AbstractFactored as AbstractFactored
 from .base import AbstractMatrixCurvature as AbstractMatrixCurvature
 from .base import AbstractPerturbable as AbstractPerturbable
+from .base import AbstractWrapped as AbstractWrapped
 from .base import Factored as Factored
 from .base import check_curvature as check_curvature
 from .block import BlockDiagonal as BlockDiagonal

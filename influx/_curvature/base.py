@@ -100,7 +100,8 @@ class AbstractPerturbable(AbstractFactored):
 
     @abc.abstractmethod
     def perturbed(self, matvec: Callable[[Array], Array]) -> "AbstractPerturbable":
-        """The same curvature with the matrix v ↦ `matvec(v)` added."""
+        """The same curvature with a matrix B added, `matvec` being v ↦ Bv on vectors [P]. Whether it can
+        be solved with is said by `try_solve`."""
 
 
 class Factored(AbstractPerturbable):
@@ -229,6 +230,25 @@ def check_wrapped(curvature) -> AbstractCurvature:
             'it needs one number λ: give `damping=` as a number instead of "auto".'
         )
     return curvature
+
+
+class AbstractWrapped(AbstractCurvature):
+    """`curvature`, solved with in the way that `factor` chooses: all else is that curvature's own."""
+
+    curvature: AbstractCurvature = eqx.field(converter=check_wrapped)
+
+    @property
+    def damping(self):
+        return self.curvature.damping
+
+    def matvec(self, risk, model):
+        return self.curvature.matvec(risk, model)
+
+    def lower_end(self, risk, model):
+        return self.curvature.lower_end(risk, model)
+
+    def newton_steps(self, risk, model, factored, jacobian):
+        return self.curvature.newton_steps(risk, model, factored, jacobian)
 
 
 class AbstractMatrixCurvature(AbstractCurvature):

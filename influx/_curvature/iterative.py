@@ -20,8 +20,8 @@ from .base import (
     AbstractCurvature,
     AbstractFactored,
     AbstractPerturbable,
+    AbstractWrapped,
     both,
-    check_wrapped,
     damped_product,
 )
 
@@ -41,27 +41,13 @@ def _checked_steps(max_steps: Any) -> int | None:
     return check_whole("max_steps", max_steps, hint=" None chooses one.")
 
 
-class AbstractIterative(AbstractCurvature):
+class AbstractIterative(AbstractWrapped):
     """A curvature solved with by its products alone, in the way that `factor` chooses."""
 
-    curvature: AbstractCurvature = eqx.field(converter=check_wrapped)
     rtol: float | None = eqx.field(default=None, converter=_checked_rtol, kw_only=True)
     max_steps: int | None = eqx.field(
         default=None, converter=_checked_steps, kw_only=True, static=True
     )
-
-    @property
-    def damping(self):
-        return self.curvature.damping
-
-    def matvec(self, risk, model):
-        return self.curvature.matvec(risk, model)
-
-    def lower_end(self, risk, model):
-        return self.curvature.lower_end(risk, model)
-
-    def newton_steps(self, risk, model, factored, jacobian):
-        return self.curvature.newton_steps(risk, model, factored, jacobian)
 
     def limits(self, model: Model) -> tuple[float, int]:
         """The relative residual and the number of steps at which a solve ends."""

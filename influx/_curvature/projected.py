@@ -2,11 +2,11 @@ import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
 from .._checks import check_whole
-from .base import AbstractCurvature, check_wrapped
+from .base import AbstractCurvature, AbstractWrapped, check_wrapped
 from .subspace import check_fits, galerkin, random_subspace, required_key
 
 
-class Projected(AbstractCurvature):
+class Projected(AbstractWrapped):
     r"""A curvature solved with in a random subspace of `dim` directions, the rows of R:
 
         I = −(R∇m)ᵀ (R(H + λI)Rᵀ)⁻¹ (Rgᵢ),   that is,   H⁻¹ ≈ Rᵀ(R(H + λI)Rᵀ)⁻¹R.
@@ -23,7 +23,7 @@ class Projected(AbstractCurvature):
     The inverse has a null space. `matvec`, also of the factored curvature, is the wrapped curvature's,
     so that residuals, certificates and bounds are against the full H: `solve(matvec(v)) == v` holds for
     v in the span of R's rows, and `R @ matvec(solve(v)) == R @ v` for all v. Newton steps without a
-    point are those within the subspace.
+    point are those within the subspace: R(H − AᵀSA)Rᵀ = RHRᵀ − (ARᵀ)ᵀS(ARᵀ), Woodbury's identity again.
 
     **Arguments:**
 
@@ -42,7 +42,6 @@ class Projected(AbstractCurvature):
     arXiv:2405.13954.
     """
 
-    curvature: AbstractCurvature
     dim: int = eqx.field(static=True)
     key: PRNGKeyArray
 
@@ -50,21 +49,7 @@ class Projected(AbstractCurvature):
         self.curvature = check_wrapped(curvature)
         self.dim, self.key = check_whole("dim", dim), required_key("Projected", key)
 
-    @property
-    def damping(self):
-        return self.curvature.damping
-
-    def matvec(self, risk, model):
-        return self.curvature.matvec(risk, model)
-
-    def lower_end(self, risk, model):
-        return self.curvature.lower_end(risk, model)
-
     def factor(self, risk, model):
         check_fits("dim", self.dim, model)
         rows = random_subspace(self.key, self.dim, model)
         return galerkin(self.curvature, risk, model, rows)
-
-    def newton_steps(self, risk, model, factored, jacobian):
-        # Woodbury's identity within the subspace: R(H − AᵀSA)Rᵀ = RHRᵀ − (ARᵀ)ᵀS(ARᵀ).
-        return self.curvature.newton_steps(risk, model, factored, jacobian)

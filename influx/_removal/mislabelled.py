@@ -23,7 +23,9 @@ class Mislabelled(eqx.Module):
     """What `find_mislabelled` found, per training point. `str(found)` is a table of the ten most suspect
     labels, `found.table(k)` of the k most suspect.
 
-    - `score`: −`margin_without`; higher is more suspect, above 0 the others give another class
+    - `score`: −`margin_without`; higher is more suspect, above 0 the others contradict the label: by
+      "features" they give another class, by "model" they give this one less than even odds, which with
+      more than two classes it may have and still be `suggested`
     - `given`, `suggested`: the label as it is, and the class that the others give the point
     - `margin_without`: the given class's margin by the others
     - `margin`: γᵢ(θ̂), the log-odds of the given label under the model as it was passed
@@ -95,8 +97,9 @@ def find_mislabelled(
 
     Pass the whole network, not its restricted head: a head's one layer takes the last features.
 
-    **Sign and unit.** Higher is more suspect; 0 is where the others prefer another class. Differences of
-    regressed indicators for `"features"`, log-odds for `"model"`.
+    **Sign and unit.** Higher is more suspect. `"features"`: differences of regressed indicators, above 0
+    where the others prefer another class. `"model"`: log-odds, above 0 where they give the label less
+    than even odds.
 
     **Raises:** `ValueError` for a loss without classes, `evidence="model"` where outputs are not affine,
     `evidence="features"` where no layer is linear in a parameter; what `influence` raises for a Hessian

@@ -15,7 +15,8 @@ class Removed(eqx.Module):
 
     - `index`: where the point stands in the training data
     - `given`: its label, or for a loss without classes its target
-    - `suggested`: the class (or the output) that the returned model, trained without it, answers
+    - `suggested`: the class (or the output) that the returned model answers; `prune` trained it without
+      the point, `train_with_removal` may have trained on it before its removal
     - `reason`: why it was removed
     - `score`: the number behind the reason, named in it
     """

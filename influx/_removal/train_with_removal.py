@@ -22,7 +22,7 @@ from .heldout import change, check_share, halves
 from .removed import Removed, removed_table
 from .ridge_head import ridge_head, score_margin
 
-# On the scale of the closed-form head's scores, where a label's own score is 1 at best. Fixed, with
+# On the scale of the closed-form head's scores, where an exact fit gives a label 1. Fixed, with
 # the defaults of `train_with_removal`, on rows and seeds that no benchmark reads.
 CONTRADICTED, EXPLAINED = -0.15, 0.4
 _RATE = 0.25  # of the explained points are trained on in an epoch
@@ -116,7 +116,7 @@ def train_with_removal(
 
     After `warmup` plain epochs, and then every `every` epochs, all points are valued: `head` is refitted
     by least squares on its features, which gives each point's *margin without it* (its label's score
-    minus the best other one's, −1 … 1) and its *value* (the influence on the mean score that held-out
+    minus the best other one's: 1 where the fit is exact) and its *value* (the influence on the mean score that held-out
     points give to their labels) exactly, at the cost of a d × d inverse. Both are averaged with those of
     earlier valuations, half and half. A point is
 
