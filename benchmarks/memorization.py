@@ -261,9 +261,9 @@ def head_of(name: str, layer: Callable, trainer=EXACT):
 
 
 class Held(AbstractTrainer):
-    """The chord steps that `Newton` attempts first, their inverse Hessian given. Where they end depends on
-    it by no more than 2(tolerance + rounding of ∇J)/μ. Trainings that take many of them are repeated by
-    Newton–CG."""
+    """The chord steps that `Newton` attempts first, their inverse Hessian given. Where they end depends
+    on it by no more than 2(tolerance + rounding of ∇J)/μ. Trainings that take many of them are repeated
+    by Newton–CG."""
 
     inverse: Any
     chord: AbstractTrainer
