@@ -251,7 +251,7 @@ class HeadJacobian(AbstractJacobian):
     def _chunk(self) -> int:
         return chunk_length(2 * self.outputs * self.features.shape[1], self.features.dtype)
 
-    def _split(self, v: Float[Array, "*b P"]) -> Float[Array, "*b K d"]:
+    def split(self, v: Float[Array, "*b P"]) -> Float[Array, "*b K d"]:
         """The parameters of each output, from the flat vectors."""
         ends = self.outputs * np.cumsum(self.widths)
         leaves = jnp.split(v, ends[:-1], axis=-1)
@@ -259,7 +259,7 @@ class HeadJacobian(AbstractJacobian):
         return jnp.concatenate(rows, axis=-1)
 
     def _join(self, rows: Float[Array, "*b K d"]) -> Float[Array, "*b P"]:
-        """The inverse of `_split`."""
+        """The inverse of `split`."""
         leaves = jnp.split(rows, np.cumsum(self.widths)[:-1], axis=-1)
         return jnp.concatenate([x.reshape(*rows.shape[:-2], -1) for x in leaves], axis=-1)
 
@@ -279,8 +279,8 @@ class HeadJacobian(AbstractJacobian):
 
     def sandwich(self, matrix):
         K, d = self._shape
-        half = self._split(matrix.T)  # [P, K, d]
-        blocks = self._split(jnp.moveaxis(half, 0, 2))  # [K, d, K, d]
+        half = self.split(matrix.T)  # [P, K, d]
+        blocks = self.split(jnp.moveaxis(half, 0, 2))  # [K, d, K, d]
 
         def block(places):
             x = self.features[places]
@@ -311,16 +311,16 @@ class HeadJacobian(AbstractJacobian):
         return self._join(u[:, :, None] * self.features[:, None, :])
 
     def push(self, v):
-        return dot(self.features, self._split(v).T)
+        return dot(self.features, self.split(v).T)
 
     def push_each(self, v):
-        return einsum("nkd,nd->nk", self._split(v), self.features)
+        return einsum("nkd,nd->nk", self.split(v), self.features)
 
     def energy(self, s):
         form = dot(self.features.T, s[:, None] * self.features)
 
         def energy(vectors):
-            rows = self._split(vectors)
+            rows = self.split(vectors)
             return jnp.sum(dot(rows, form) * rows, axis=(1, 2))
 
         return energy

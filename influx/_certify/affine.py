@@ -1,15 +1,18 @@
 """The problem that a certificate is about: outputs Aθ + b, with A and b held as arrays.
 
-What is computed from them is inner products in a known order, whose rounding has a bound. Rounding
-within the model's own program has none that A and b would tell: terms may cancel on the way.
+What is computed from them is inner products, whose rounding has a bound. Rounding within the model's
+own program has none that A and b would tell: terms may cancel on the way. An inner product of N terms is
+summed in blocks, which bounds its rounding by their number and length in place of N.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._chunks import chunk_length, chunked_map
@@ -17,31 +20,48 @@ from .._curvature.newton_step import HeldWoodbury
 from .._gradients import risk_gradient
 from .._influence import Influence
 from .._jacobian import AbstractJacobian, HeadJacobian, OutputJacobian
-from .._linalg import dot, ravel
+from .._linalg import einsum, ravel
 from .._response import implicit_response
 from .._risk import itself
 
+_BLOCK = 160  # terms, at most: shorter blocks round less, and each is a product by itself
+
 
 class Rows(NamedTuple):
-    """The outputs of n inputs: their slopes A, or the features of a linear head, and constants b."""
+    """The outputs of n inputs: their slopes A, or the features of a linear head, in blocks, and their
+    constants b."""
 
-    slope: Float[Array, "n K P"] | Float[Array, "n d"]
+    slope: Float[Array, "n K blocks s"] | Float[Array, "n blocks s"]
     constant: Float[Array, "n K"]
+
+
+def _block_shape(length: int) -> tuple[int, int]:
+    """Blocks, and the terms of each."""
+    blocks = -(-length // _BLOCK)
+    return blocks, -(-length // blocks)
+
+
+def _in_blocks(rows: Float[Array, "*b N"]) -> Float[Array, "*b blocks s"]:
+    shape = _block_shape(rows.shape[-1])
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, math.prod(shape) - rows.shape[-1])]
+    return jnp.pad(rows, padding).reshape(*rows.shape[:-1], *shape)
 
 
 class Output(eqx.Module):
     """Aθ + b for one input's rows, in the output's shape."""
 
     shape: tuple[int, ...] = eqx.field(static=True)
-    widths: tuple[int, ...] = eqx.field(static=True)  # of a head: those of its leaves
+    head: HeadJacobian | None  # of no examples: how the parameters of a head are laid out
 
     def __call__(self, model, row: Rows):
         theta, _ = ravel(model)
-        if row.slope.ndim == 1:
-            head = HeadJacobian(row.slope[None], row.constant.size, self.widths)
-            products = head.push(theta)[0]
+        if row.slope.ndim == 2:
+            assert self.head is not None  # `affine_rows` has seen to it
+            parts = einsum("bs,kbs->kb", row.slope, _in_blocks(self.head.split(theta)))
         else:
-            products = dot(row.slope, theta)
+            parts = einsum("kbs,bs->kb", row.slope, _in_blocks(theta))
+        # A barrier, or XLA may make one product of all blocks and their sum.
+        products = jnp.sum(jax.lax.optimization_barrier(parts), axis=1)
         return (products + row.constant).reshape(self.shape)
 
 
@@ -66,19 +86,19 @@ def affine_rows(f: Influence, jacobian: AbstractJacobian, inputs: PyTree[Array])
     chunk = chunk_length(2 * theta.size, theta.dtype)
     constant = chunked_map(at_zero, inputs, chunk)
     if isinstance(jacobian, HeadJacobian) and isinstance(affine_jacobian(f), HeadJacobian):
-        return Rows(jacobian.features, constant)
-    return Rows(jacobian.dense(), constant)
+        return Rows(_in_blocks(jacobian.features), constant)
+    return Rows(_in_blocks(jacobian.dense()), constant)
 
 
 def affine(f: Influence) -> Influence:
     """`f` on the affine problem: the same to rounding, and it reads `Rows` for inputs."""
     response, jacobian = implicit_response(f.response, "certify"), affine_jacobian(f)
     rows = affine_rows(f, jacobian, f.risk.data[0])
-    widths = jacobian.widths if isinstance(jacobian, HeadJacobian) else ()
-    output = Output(output_struct(f).shape, widths)
+    head = jacobian.take(jnp.arange(0)) if isinstance(jacobian, HeadJacobian) else None
+    output = Output(output_struct(f).shape, head)
     where = lambda risk: (risk.data, risk.predict, risk.whole)
     risk = eqx.tree_at(where, f.risk, ((rows, f.risk.data[1]), output, itself))
-    if not widths:
+    if head is None:
         jacobian = OutputJacobian(risk, f.model, rows)
     newton = response.newton
     if isinstance(newton, HeldWoodbury):  # it holds what the other gradient left
@@ -94,23 +114,23 @@ class OutputSizes(eqx.Module):
     """What bounds the rounding of Aθ + b and of Aᵀu, example by example.
 
     An inner product of N terms is wrong by at most N·u times the sum of their sizes, u the unit
-    roundoff; the sizes are |A||θ| + |b|. `norms` are those of |A|, `constant` those of b.
+    roundoff: in an output, |A||θ| + |b|. `norms` are ‖|A|‖₂, `settled` is ‖|A||θ̂| + |b|‖.
     """
 
     norms: Float[Array, " n"]
-    constant: Float[Array, " n"]
+    settled: Float[Array, " n"]
     terms: int = eqx.field(static=True)
 
-    def of(self, length: Float[Array, ""]) -> Float[Array, " n"]:
-        """A bound on ‖|A||θ| + |b|‖ for parameters of that length."""
-        return self.norms * length + self.constant
-
-    def error(self, length: Float[Array, ""]) -> Float[Array, " n"]:
-        """A bound on the distance of a computed Aθ + b from the true one."""
-        return self.terms * (jnp.finfo(self.norms.dtype).eps / 2) * self.of(length)
+    def error(self, moved: Float[Array, ""]) -> Float[Array, " n"]:
+        """A bound on ‖computed − true outputs‖ at parameters so far from θ̂."""
+        unit = jnp.finfo(self.norms.dtype).eps / 2
+        return self.terms * unit * (self.settled + self.norms * moved)
 
 
-def output_sizes(jacobian: AbstractJacobian, rows: Rows) -> OutputSizes:
-    constant = jnp.linalg.norm(rows.constant, axis=1)
-    terms = jacobian.length + jacobian.outputs + 16  # and few more around the inner product
-    return OutputSizes(jacobian.absolute_norms(), constant, terms)
+def output_sizes(f: Influence, jacobian: AbstractJacobian, rows: Rows) -> OutputSizes:
+    """Those of an affine problem's outputs at some rows: its outputs on absolute values."""
+    theta, rebuild = ravel(f.model)
+    at = lambda row: jnp.linalg.norm(f.risk.output(rebuild(jnp.abs(theta)), row).reshape(-1))
+    settled = jax.vmap(at)(jtu.tree_map(jnp.abs, rows))
+    terms = sum(_block_shape(jacobian.length)) + jacobian.outputs + 16  # with a few around them
+    return OutputSizes(jacobian.absolute_norms(), settled, terms)

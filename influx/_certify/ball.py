@@ -40,9 +40,9 @@ class Reach(eqx.Module):
     sizes: OutputSizes
 
 
-def reach(jacobian: AbstractJacobian, rows: Rows) -> Reach:
+def reach(f: Influence, jacobian: AbstractJacobian, rows: Rows) -> Reach:
     """That of each input, its rows and their Jacobian given."""
-    return Reach(jacobian.norms(), jacobian.outer(), output_sizes(jacobian, rows))
+    return Reach(jacobian.norms(), jacobian.outer(), output_sizes(f, jacobian, rows))
 
 
 def ball(f: Influence, measurement, step, query, within: Reach) -> Ball:
@@ -62,7 +62,7 @@ def ball(f: Influence, measurement, step, query, within: Reach) -> Ball:
         slope,
         shared(bounds.lipschitz * within.norm),
         shared(bounds.smoothness * within.norm**2),
-        _value_rounding(value, rows, bounds, within.sizes.error(jnp.linalg.norm(theta + step))),
+        _value_rounding(value, rows, bounds, within.sizes.error(jnp.linalg.norm(step))),
     )
 
 

@@ -124,9 +124,9 @@ def certify(
         )
     inputs, targets = arrays
     jacobian = output_jacobian(f.risk, f.model, inputs)
-    rows = affine_rows(f, jacobian, inputs)
-    within = reach(jacobian, rows)
-    return _changes(affine(f), (rows, targets), within, indices, tier, chords, renormalise, mean)
+    rows, f = affine_rows(f, jacobian, inputs), affine(f)
+    within = reach(f, jacobian, rows)
+    return _changes(f, (rows, targets), within, indices, tier, chords, renormalise, mean)
 
 
 def _check(f: Influence, tier: int, refine: int, renormalise: bool) -> None:
@@ -190,7 +190,7 @@ def _own_margins(f: Influence, indices, tier: int, refine: Array, renormalise: b
         i = indices[places]
         steps, radius = enclose(i)
         data = take(f.risk.data, i)
-        within = reach(affine_jacobian(f).take(i), data[0])
+        within = reach(f, affine_jacobian(f).take(i), data[0])
         without = jax.vmap(own)(steps, data, within)
         at = jax.vmap(own, (None, 0, 0))(jnp.zeros_like(theta), data, within)
         error, error_at = without.error(radius), at.error(settled)

@@ -99,8 +99,9 @@ def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
     relative to its steepest slope. `growth` is what the weights have grown by at most.
     """
     theta, _ = ravel(f.model)
-    constants, sizes = loss_constants(f), output_sizes(affine_jacobian(f), f.risk.data[0])
-    norms, each = sizes.norms, affine_jacobian(f).outputs
+    constants, jacobian = loss_constants(f), affine_jacobian(f)
+    sizes, each = output_sizes(f, jacobian, f.risk.data[0]), jacobian.outputs
+    norms = sizes.norms
     unit = jnp.finfo(theta.dtype).eps / 2
 
     def at_output(z):
@@ -117,7 +118,7 @@ def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
     def bound(step):
         moved = jnp.linalg.norm(step)
         length = jnp.linalg.norm(theta) + moved
-        error = sizes.error(length)
+        error = sizes.error(moved)
         away = norms * moved + 2 * error  # both outputs are computed, here and at θ̂
         rise = jnp.where(away > 0, constants.third * away, 0)  # t may be ∞
         smooth = jnp.minimum(constants.smoothness, bends + rise)
