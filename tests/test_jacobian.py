@@ -69,3 +69,10 @@ def test_norms_bound_the_spectral_norm(pair):
     bound = np.asarray(jacobian.norms())
     assert np.all(exact <= bound * (1 + 1e-12))
     assert np.all(bound <= exact * A.shape[1] ** (1 / 16) * (1 + 1e-9))
+
+
+def test_absolute_norms_bound_that_of_the_entries_sizes(pair):
+    jacobian, A = pair
+    bound = np.asarray(jacobian.absolute_norms())
+    assert np.all(np.linalg.norm(np.abs(A), 2, axis=(1, 2)) <= bound * (1 + 1e-12))
+    assert np.all(bound <= np.linalg.norm(A, axis=(1, 2)) * (1 + 1e-12))

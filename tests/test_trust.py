@@ -360,6 +360,32 @@ def long_gradient(theta, x, y, l2: float, offset: float):
     return np.concatenate([weight.ravel(), bias] if has_bias else [weight.ravel()])
 
 
+@pytest.mark.parametrize("features", [5, 500])  # one block of an inner product, and four
+@pytest.mark.parametrize("kind", ["head", "constant", "positions"])
+def test_the_affine_problem_is_the_problem(kind, features):
+    """Its outputs at other parameters, and the rounding of its gradient over several blocks."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(12, features)), rng.integers(0, 3, 12)
+    predict = {
+        "head": lambda model, z: model(z),
+        "constant": lambda model, z: model(z) + jnp.sum(z),
+        "positions": lambda model, z: jnp.stack([model(z), model(2 * z)]),
+    }[kind]
+    targets = np.stack([y, y], axis=1) if kind == "positions" else y
+    loss = ix.SoftmaxCrossEntropy()
+    risk = ix.EmpiricalRisk((x, targets), loss, l2=1e-2, predict=predict)
+    model = eqx.nn.Linear(features, 3, key=jr.key(0))
+    f = affine(ix.influence(risk, model, ix.CG(ix.GaussNewton())))
+    theta, rebuild = ravel(model)
+    other = rebuild(theta + jr.normal(jr.key(1), theta.shape))
+    outputs = lambda r: jax.vmap(lambda z: r.output(other, z))(r.data[0])
+    np.testing.assert_allclose(outputs(f.risk), outputs(risk), rtol=1e-11, atol=1e-11)
+    if kind == "head":
+        exact = long_gradient(np.asarray(theta), x, y, 1e-2, 0.0)
+        error = np.linalg.norm(np.asarray(risk_gradient(f.risk, model)) - exact)
+        assert error <= float(_rounding(f)(jnp.zeros((1, theta.size)))[0]) <= 1e4 * error
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("size", [0.0, 1.0, 30.0])
 @pytest.mark.parametrize("offset", [0.0, 1e8])
