@@ -23,6 +23,7 @@ class BinaryCrossEntropy(AbstractLoss):
 
     def __call__(self, output, target):
         # softplus(z) − z would lose the digits of a large z; what is no label is NaN, under a trace too.
+        target = jnp.asarray(target, output.dtype)
         signed = jnp.where(target == 1, -output, jnp.where(target == 0, output, jnp.nan))
         return jnp.sum(jnn.softplus(signed))
 
