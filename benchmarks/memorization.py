@@ -280,6 +280,9 @@ class Held(AbstractTrainer):
     def items(self, objective, model):
         return self.chord.items(objective, model)
 
+    def examples(self, n):
+        return n
+
     def remedies(self):
         return self.chord.remedies()
 

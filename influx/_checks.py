@@ -1,6 +1,7 @@
 """Settings and arguments, checked where they are written."""
 
 import math
+import os
 from numbers import Integral, Real
 from typing import Any
 
@@ -97,6 +98,18 @@ def check_memory(memory: int | None) -> int | None:
         return None
     hint = " It counts bytes: for one gigabyte write memory=10**9. None is 256 MiB."
     return check_whole("memory", memory, hint=hint)
+
+
+def check_held(size: int, what: str, remedy: str) -> None:
+    """Refuse what takes more bytes than this machine has."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system says
+        return
+    if size > memory:
+        raise ValueError(
+            f"{what} takes {size / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f}. {remedy}"
+        )
 
 
 def check_damping(damping: ScalarLike) -> Scalar:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.tree_util as jtu
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import PyTree
 
@@ -36,9 +37,6 @@ class Parts(NamedTuple):
     def plus(self, other: "Parts") -> "Parts":
         return Parts(*(a + b for a, b in zip(self, other)))
 
-    def times(self, factor: float) -> "Parts":
-        return Parts(*(factor * a for a in self))
-
     def at(self, queries: int, points: int) -> float:
         return self.fixed + queries * self.query + points * (self.point + queries * self.pair)
 
@@ -66,9 +64,9 @@ def cost_of(fn: Callable, query: PyTree, point: PyTree, *fixed: PyTree) -> Cost:
     lineax solves, whose inside no program shows, as nothing.
     """
     struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    parts = jax.tree_util.tree_map(struct, (query, point, *fixed))
+    parts = jtu.tree_map(struct, (query, point, *fixed))
     closed = jax.make_jaxpr(fn)(*parts)
-    q, p, rest = (len(jax.tree_util.tree_leaves(tree)) for tree in (*parts[:2], parts[2:]))
+    q, p, rest = (len(jtu.tree_leaves(tree)) for tree in (*parts[:2], parts[2:]))
     labels = [_QUERY] * q + [_POINT] * p + [0] * rest
     return _read(closed.jaxpr, labels)[0]
 

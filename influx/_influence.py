@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._checks import check_chunk, check_memory
@@ -23,7 +24,7 @@ from ._validate import validate
 class Influence(eqx.Module):
     """Influence of every training point on a measurement: call it with queries.
 
-    Made by [`influence`][] and rewritten by the transforms `classification`, `measure`, `relative`,
+    Made by `influence` and rewritten by the transforms `classification`, `measure`, `relative`,
     `removal` and `groups`, each of which answers another `Influence` sharing the same factored
     curvature. A pytree: it may be saved, donated and passed through `eqx.filter_jit`.
     """
@@ -151,7 +152,7 @@ def scheduled(
 
     `kept` numbers are kept of each component's scores, n by default. Nothing but shapes is looked at.
     """
-    query = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), queries)
+    query = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), queries)
     kept = f.risk.n if kept is None else kept
     limits = f.response.limits if limits is None else limits
     if f.masks is not None and f.order == 2:

@@ -1,5 +1,5 @@
 """The model's outputs as a function of its parameters: the Jacobians Aᵢ = ∂outputᵢ/∂θ, whether the
-outputs are affine in θ, and the closed form of a linear head (theory: P12)."""
+outputs are affine in θ, and the closed form of a linear head (P12)."""
 
 import abc
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Memorization labels: does a point's margin survive its own removal? (theory: §2, C4)."""
+"""Memorization labels: does a point's margin survive its own removal?."""
 
 from typing import Literal
 
@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ._chunks import chunk_length, map_blocks, take
+from ._custom_types import Model
 from ._influence import Influence, check_influence
 from ._linalg import ravel
 from ._measurement import Margin
+from ._risk import EmpiricalRisk
 from ._validate import class_logits_shape, require_labels
 
 LABELS = ("generalized upon", "memorized", "not fitted")
@@ -70,7 +72,7 @@ def memorization(f: Influence, step: Literal["first-order", "newton"] = "newton"
 
 @eqx.filter_jit
 def _memorization(f: Influence, step: str) -> Memorization:
-    margin, correct = own_margins(f)
+    margin, correct = own_margins(f.risk, f.model)
     change = {"first-order": _first_order_change, "newton": _newton_change}[step](f)
     without = margin + change
     return Memorization(
@@ -86,16 +88,17 @@ def memorization_label(
     return jnp.where(margin <= 0, 2, jnp.where(margin_without <= 0, 1, 0))
 
 
-def own_margins(f: Influence) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
+@eqx.filter_jit
+def own_margins(risk: EmpiricalRisk, model: Model) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
     """γᵢ(θ̂) of each training point, and whether argmax p is its label."""
 
     def one(example):
         x, y = example
-        output = f.risk.output(f.model, x)
-        logits = f.risk.loss.class_logits(output)
-        return Margin().of_output(f.risk.loss, output, y), jnp.argmax(logits) == y.reshape(())
+        output = risk.output(model, x)
+        logits = risk.loss.class_logits(output)
+        return Margin().of_output(risk.loss, output, y), jnp.argmax(logits) == y.reshape(())
 
-    return jax.vmap(one)(f.risk.data)
+    return jax.vmap(one)(risk.data)
 
 
 def _newton_change(f: Influence) -> Float[Array, " n"]:

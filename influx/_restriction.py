@@ -1,4 +1,4 @@
-"""Fewer parameters: a map from a risk to a risk (theory: P9)."""
+"""Fewer parameters: a map from a risk to a risk (P9)."""
 
 from collections.abc import Callable
 from typing import Any

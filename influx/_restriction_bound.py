@@ -61,7 +61,7 @@ def restriction_bound(
       The enclosure narrows fast once they pass about √κ, κ the condition number; for a small network
       with l2 = 1e-2 expect to need 12 to 18.
 
-    **Returns:** a [`RestrictionBound`][]. Unit and sign are those of influence.
+    **Returns:** a `RestrictionBound`. Unit and sign are those of influence.
 
     **Raises:** `ValueError` unless the curvature knows a positive lower end of its spectrum (min l2 + λ
     > 0, and a loss convex in its output), `steps` ≥ 1, and `f` is plain.

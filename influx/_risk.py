@@ -35,7 +35,7 @@ class EmpiricalRisk(eqx.Module):
     **Arguments:**
 
     - `data`: `(inputs, targets)`, each a pytree of arrays whose leading axis counts the n examples.
-    - `loss`: an [`AbstractLoss`][]; `CustomLoss(fn)` for any function of (output, target).
+    - `loss`: an `AbstractLoss`; `CustomLoss(fn)` for any function of (output, target).
     - `l2`: a number for every parameter, or one per leaf: a pytree that is a prefix of the model's
       parameters (an array of a leaf's own shape is one number per entry). No penalty on biases:
       `jtu.tree_map(lambda p: 1e-2 * (p.ndim > 1), eqx.filter(model, eqx.is_inexact_array))`.

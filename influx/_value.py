@@ -1,4 +1,4 @@
-"""The value of a training point to the others: its effect on held-out loss (theory: §2)."""
+"""The value of a training point to the others: its effect on held-out loss."""
 
 from dataclasses import replace
 

@@ -101,8 +101,6 @@ CURVATURES = {
         lambda p: oracle.hessian(p, p.theta),
     ),
 }
-# These know what one point adds to the curvature.
-REMOVES = ("Hessian", "GaussNewton", "CG", "CG preconditioned", "MINRES")
 
 
 def second_moment(p) -> np.ndarray:

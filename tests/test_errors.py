@@ -180,7 +180,6 @@ def test_bad_data_are_refused(name):
 # --- Data, model and loss together ---------------------------------------------------------------
 
 double, half = linear_model(), jtu.tree_map(lambda p: p.astype(jnp.float32), linear_model())
-sum_of = lambda o, t: jnp.sum(o)
 MEETINGS = {
     "parameter NaN": (
         lambda: meet(model=eqx.tree_at(lambda m: m.bias, double, jnp.full(C, jnp.nan))),

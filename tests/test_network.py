@@ -53,7 +53,7 @@ def test_check_holds_where_kinks_are_close(dtype):
     report = ix.testing.check(risk, model, curvature=ix.GaussNewton())
     status = {law.name: law.status for law in report.laws}
     assert status["gradient"] == "holds"
-    assert status["second derivative"] in ("holds", "skipped")
+    assert status["second derivative"] == ("holds" if dtype == np.float64 else "skipped")
     assert status["P2 symmetry"] == "holds"
 
 

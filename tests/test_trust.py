@@ -9,7 +9,7 @@ import pytest
 
 import influx as ix
 from influx._certify.affine import affine
-from influx._certify.enclosure import _rounding
+from influx._certify.enclosure import gradient_rounding
 from influx._gradients import risk_gradient
 from influx._linalg import ravel
 from influx.testing import BrokenLaw
@@ -335,7 +335,7 @@ def test_what_a_program_cancels_on_its_way_is_no_rounding_of_the_certificate(apa
     theta, _ = ravel(model)
     exact = long_gradient(np.asarray(theta), mean, y, 0.1, 0.0)
     error = np.linalg.norm(np.asarray(risk_gradient(affine(f).risk, model)) - exact)
-    assert error <= float(_rounding(affine(f))(jnp.zeros((1, theta.size)))[0])
+    assert error <= float(gradient_rounding(affine(f))(jnp.zeros((1, theta.size)))[0])
     queries = mean[:5], y[:5]
     at = long_loss(extended_retraining(mean, y, np.ones(20), 0.1), *queries)
     keep = [(np.arange(20) != i).astype(float) for i in range(20)]
@@ -383,7 +383,7 @@ def test_the_affine_problem_is_the_problem(kind, features):
     if kind == "head":
         exact = long_gradient(np.asarray(theta), x, y, 1e-2, 0.0)
         error = np.linalg.norm(np.asarray(risk_gradient(f.risk, model)) - exact)
-        assert error <= float(_rounding(f)(jnp.zeros((1, theta.size)))[0]) <= 1e4 * error
+        assert error <= float(gradient_rounding(f)(jnp.zeros((1, theta.size)))[0]) <= 1e4 * error
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -406,7 +406,7 @@ def test_the_bound_on_a_gradients_rounding_contains_it(scale, size, offset):
         at = jnp.asarray(vector + step)
         got = np.asarray(risk_gradient(f.risk, rebuild(at)))
         error = np.linalg.norm(got - long_gradient(np.asarray(at), x, y, 1e-2, offset))
-        bound = float(_rounding(f)(jnp.asarray(step)[None])[0])
+        bound = float(gradient_rounding(f)(jnp.asarray(step)[None])[0])
         assert error <= bound
         if offset == 0 and size <= 1 and scale <= 1:  # else the rounding may happen to be small
             assert bound <= 1e5 * error
@@ -429,7 +429,7 @@ def test_the_bound_on_rounding_follows_to_where_the_loss_bends():
     at = jnp.asarray(vector + step)
     got = np.asarray(risk_gradient(f.risk, rebuild(at)))
     error = np.linalg.norm(got - long_gradient(np.asarray(at), x, y, 1e-2, offset))
-    assert 1e-12 < error <= float(_rounding(f)(jnp.asarray(step)[None])[0])
+    assert 1e-12 < error <= float(gradient_rounding(f)(jnp.asarray(step)[None])[0])
 
 
 def test_a_common_offset_of_the_logits_is_enclosed():

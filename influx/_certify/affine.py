@@ -27,7 +27,7 @@ from .._risk import itself
 _BLOCK = 160  # terms, at most: shorter blocks round less, and each is a product by itself
 
 
-class Rows(NamedTuple):
+class AffineRows(NamedTuple):
     """The outputs of n inputs: their slopes A, or the features of a linear head, in blocks, and their
     constants b."""
 
@@ -47,13 +47,13 @@ def _in_blocks(rows: Float[Array, "*b N"]) -> Float[Array, "*b blocks s"]:
     return jnp.pad(rows, padding).reshape(*rows.shape[:-1], *shape)
 
 
-class Output(eqx.Module):
+class AffineOutput(eqx.Module):
     """Aθ + b for one input's rows, in the output's shape."""
 
     shape: tuple[int, ...] = eqx.field(static=True)
     head: HeadJacobian | None  # of no examples: how the parameters of a head are laid out
 
-    def __call__(self, model, row: Rows):
+    def __call__(self, model, row: AffineRows):
         theta, _ = ravel(model)
         if row.slope.ndim == 2:
             assert self.head is not None  # `affine_rows` has seen to it
@@ -79,23 +79,23 @@ def output_struct(f: Influence) -> jax.ShapeDtypeStruct:
 
 
 @eqx.filter_jit
-def affine_rows(f: Influence, jacobian: AbstractJacobian, inputs: PyTree[Array]) -> Rows:
+def affine_rows(f: Influence, jacobian: AbstractJacobian, inputs: PyTree[Array]) -> AffineRows:
     """A and b at some inputs, `jacobian` being theirs; b is the output of parameters that are all 0."""
     theta, rebuild = ravel(f.model)
     at_zero = lambda x: f.risk.output(rebuild(jnp.zeros_like(theta)), x).reshape(-1)
     chunk = chunk_length(2 * theta.size, theta.dtype)
     constant = chunked_map(at_zero, inputs, chunk)
     if isinstance(jacobian, HeadJacobian) and isinstance(affine_jacobian(f), HeadJacobian):
-        return Rows(_in_blocks(jacobian.features), constant)
-    return Rows(_in_blocks(jacobian.dense()), constant)
+        return AffineRows(_in_blocks(jacobian.features), constant)
+    return AffineRows(_in_blocks(jacobian.dense()), constant)
 
 
 def affine(f: Influence) -> Influence:
-    """`f` on the affine problem: the same to rounding, and it reads `Rows` for inputs."""
+    """`f` on the affine problem: the same to rounding, and it reads `AffineRows` for inputs."""
     response, jacobian = implicit_response(f.response, "certify"), affine_jacobian(f)
     rows = affine_rows(f, jacobian, f.risk.data[0])
     head = jacobian.take(jnp.arange(0)) if isinstance(jacobian, HeadJacobian) else None
-    output = Output(output_struct(f).shape, head)
+    output = AffineOutput(output_struct(f).shape, head)
     where = lambda risk: (risk.data, risk.predict, risk.whole)
     risk = eqx.tree_at(where, f.risk, ((rows, f.risk.data[1]), output, itself))
     if head is None:
@@ -127,7 +127,7 @@ class OutputSizes(eqx.Module):
         return self.terms * unit * (self.settled + self.norms * moved)
 
 
-def output_sizes(f: Influence, jacobian: AbstractJacobian, rows: Rows) -> OutputSizes:
+def output_sizes(f: Influence, jacobian: AbstractJacobian, rows: AffineRows) -> OutputSizes:
     """Those of an affine problem's outputs at some rows: its outputs on absolute values."""
     theta, rebuild = ravel(f.model)
     at = lambda row: jnp.linalg.norm(f.risk.output(rebuild(jnp.abs(theta)), row).reshape(-1))

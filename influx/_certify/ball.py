@@ -9,7 +9,7 @@ from .._influence import Influence
 from .._jacobian import AbstractJacobian
 from .._linalg import einsum, ravel
 from .._measurement import MeasurementConstants
-from .affine import OutputSizes, Rows, output_sizes
+from .affine import AffineRows, OutputSizes, output_sizes
 
 
 class Ball(eqx.Module):
@@ -40,7 +40,7 @@ class Reach(eqx.Module):
     sizes: OutputSizes
 
 
-def reach(f: Influence, jacobian: AbstractJacobian, rows: Rows) -> Reach:
+def reach(f: Influence, jacobian: AbstractJacobian, rows: AffineRows) -> Reach:
     """That of each input, its rows and their Jacobian given."""
     return Reach(jacobian.norms(), jacobian.outer(), output_sizes(f, jacobian, rows))
 

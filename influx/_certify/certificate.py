@@ -1,4 +1,4 @@
-"""Enclosures of what retraining would give, without retraining (theory: P11)."""
+"""Enclosures of what retraining would give, without retraining (P11)."""
 
 import equinox as eqx
 import jax
@@ -16,8 +16,8 @@ from .._measurement import Margin
 from .._memorization import memorization_label
 from .._response import implicit_response
 from .._scale import Unscaled
-from .._validate import require_labels
-from .affine import affine, affine_jacobian, affine_rows, output_struct
+from .._validate import class_logits_shape, require_labels
+from .affine import affine, affine_jacobian, affine_rows
 from .ball import Ball, Reach, ball, mean_ball, reach
 from .enclosure import enclosures, loss_constants, settled_radius
 
@@ -109,12 +109,12 @@ def certify(
     if queries is None:
         if mean:
             raise ValueError("`mean=True` averages over queries: pass them.")
-        eqx.filter_eval_shape(f.risk.loss.class_logits, output_struct(f))
+        class_logits_shape(f.risk, f.model)
         require_labels(f.risk)
-        loss_constants(f)
+        loss_constants(f)  # refuses a loss without bounds
         return _own_margins(affine(f), indices, tier, chords, renormalise)
     f.measurement.check(f.risk, f.model, queries)
-    f.measurement.constants(f.risk, f.model)
+    f.measurement.constants(f.risk, f.model)  # refuses a measurement without bounds
     arrays = jtu.tree_map(jnp.asarray, queries)
     example = eqx.filter_eval_shape(f.measurement, f.risk, f.model, take(arrays, 0))
     if mean and example.shape:

@@ -1,4 +1,4 @@
-"""Enclosures of the parameters that retraining would give (theory: P11)."""
+"""Enclosures of the parameters that retraining would give (P11)."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def loss_constants(f: Influence) -> LossConstants:
     return f.risk.loss.constants(output_struct(f))
 
 
-def enclosures(f: Influence, tier: int, refine: int | Array, renormalise: bool) -> Callable:
+def enclosures(f: Influence, tier: int, refine: Array, renormalise: bool) -> Callable:
     """The map from points i to θ̃ᵢ − θ̂ [k, P] and rᵢ ≥ ‖θ̂₋ᵢ − θ̃ᵢ‖ [k] (P11)."""
     growth = _growth(f.risk.weights) if renormalise else jnp.ones_like(f.risk.weights)
     if tier == 2:
@@ -27,7 +27,7 @@ def enclosures(f: Influence, tier: int, refine: int | Array, renormalise: bool) 
         slopes = _evaluated_slopes(f, refine, growth, _drift(f) if renormalise else None)
     # Twice where the weights grow: their growth is a sum of n terms as well.
     grown = jnp.max(growth) * (2 if renormalise else 1)
-    rounding, mu = _rounding(f, grown), jnp.min(f.risk.l2_vector(f.model))
+    rounding, mu = gradient_rounding(f, grown), jnp.min(f.risk.l2_vector(f.model))
 
     def enclose(indices):
         steps, slope = slopes(indices)
@@ -52,9 +52,7 @@ def _drift(f: Influence) -> Float[Array, " P"]:
     return f.response.solve((f.risk.l2_vector(f.model) * theta)[None])[0]
 
 
-def _evaluated_slopes(
-    f: Influence, refine: int | Array, growth: Array, drift: Array | None
-) -> Callable:
+def _evaluated_slopes(f: Influence, refine: Array, growth: Array, drift: Array | None) -> Callable:
     """θ̃ᵢ − θ̂ after `refine` chord steps, and ‖∇J₋ᵢ(θ̃ᵢ)‖."""
     theta, rebuild = ravel(f.model)
 
@@ -87,7 +85,7 @@ def _bounded_slopes(f: Influence) -> Callable:
     return slopes
 
 
-def _rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
+def gradient_rounding(f: Influence, growth: Array | float = 1.0) -> Callable:
     """The map from steps to bounds on the rounding error of a computed ∇J₋ᵢ(θ̃ᵢ), in norm.
 
     Outputs are wrong by what `OutputSizes` says, and that enters ∂ℓⱼ through βⱼ, the loss's smoothness
@@ -134,5 +132,5 @@ def settled_radius(f: Influence) -> Float[Array, ""]:
     """r₀ ≥ ‖θ̂* − θ̂‖, θ̂* the exact minimiser that the model stands for."""
     theta, _ = ravel(f.model)
     slope = jnp.linalg.norm(risk_gradient(f.risk, f.model))
-    rounding = _rounding(f)(jnp.zeros((1, theta.size), theta.dtype))[0]
+    rounding = gradient_rounding(f)(jnp.zeros((1, theta.size), theta.dtype))[0]
     return (slope + rounding) / jnp.min(f.risk.l2_vector(f.model))

@@ -1,16 +1,16 @@
 import abc
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._checks import is_concrete
+from .._checks import check_held, is_concrete
 from .._custom_types import Model, Scalar, ScalarLike
 from .._jacobian import AbstractJacobian
 from .._linalg import products, ravel
@@ -227,7 +227,8 @@ def check_wrapped(curvature) -> AbstractCurvature:
     if check_curvature(curvature).damping is None:
         raise ValueError(
             f"{type(curvature).__name__} has no damping before it meets the data, and what is around "
-            'it needs one number λ: give `damping=` as a number instead of "auto".'
+            'it needs one number λ: give `damping=` as a number instead of "auto". A Mixture has a λ '
+            "for each part: put what solves inside it, `Mixture({where: CG(...)}, CG(...))`."
         )
     return curvature
 
@@ -259,24 +260,18 @@ class AbstractMatrixCurvature(AbstractCurvature):
         """H, undamped."""
 
     def factor(self, risk, model):
-        _check_fits(model)
+        _check_matrix(model)
         return factor_matrix(self.matrix(risk, model), self.damping)
 
 
-def _check_fits(model: Model) -> None:
-    """Refuse a dense matrix that this machine cannot hold."""
+def _check_matrix(model: Model) -> None:
     theta, _ = ravel(model)
-    size = theta.size**2 * theta.dtype.itemsize
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not every system says
-        return
-    if size > memory:
-        raise ValueError(
-            f"A dense curvature of {theta.size:,} parameters takes {size / 1e9:,.0f} GB, and this "
-            f"machine has {memory / 1e9:,.0f}. Use CG(GaussNewton()), which never forms it, or keep "
-            "fewer parameters: `influx.restrict(risk, model, lambda m: m.layers[-1])`."
-        )
+    check_held(
+        theta.size**2 * theta.dtype.itemsize,
+        f"A dense curvature of {theta.size:,} parameters",
+        "Use CG(GaussNewton()), which never forms it, or keep fewer parameters: "
+        "`influx.restrict(risk, model, lambda m: m.layers[-1])`.",
+    )
 
 
 def factor_matrix(matrix: Float[Array, "P P"], damping: ScalarLike) -> Factored:
@@ -292,7 +287,7 @@ def factor_matrix(matrix: Float[Array, "P P"], damping: ScalarLike) -> Factored:
 
 def _check_definite(matrix: Float[Array, "P P"], factored: Factored) -> None:
     eps = float(jnp.finfo(matrix.dtype).eps)
-    pivots = np.abs(np.diagonal(np.asarray(jax.tree_util.tree_leaves(factored.state)[0])))
+    pivots = np.abs(np.diagonal(np.asarray(jtu.tree_leaves(factored.state)[0])))
     safe = np.isfinite(pivots).all() and pivots.min() ** 2 > 1e3 * eps * pivots.max() ** 2
     if safe:
         return

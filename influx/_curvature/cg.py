@@ -10,7 +10,7 @@ from .._risk import EmpiricalRisk
 from .base import AbstractCurvature, AbstractFactored
 from .iterative import AbstractIterative, Iterative, extreme_ritz_values
 from .kfac import AbstractKroneckerFactored
-from .subspace import check_finite
+from .subspace import check_finite, is_negative
 
 # lineax's CG takes a matrix for singular where a direction's eigenvalue is below 100·eps·P, an absolute
 # number: 0.007 in float32 with 600 parameters. In units of 2⁻³⁰ (no rounding) it means eigenvalues that
@@ -126,7 +126,7 @@ def factor_preconditioner(
 
 def _check_positive(preconditioner: AbstractCurvature, least, largest) -> None:
     check_finite(jnp.stack([least, largest]))
-    if float(least) < -1e3 * float(jnp.finfo(least.dtype).eps) * abs(float(largest)):
+    if is_negative(least, largest):
         raise ValueError(
             f"The preconditioner {type(preconditioner).__name__} is not positive definite: its inverse "
             f"has an eigenvalue of at most {float(least):.3g} (largest {float(largest):.3g}). Give it "
@@ -138,7 +138,7 @@ def _check_definite(factored: Iterative) -> None:
     least, largest = extreme_ritz_values(factored, factored.model)
     check_finite(jnp.stack([least, largest]))
     low, high = float(least), float(largest)
-    if low < -1e3 * float(jnp.finfo(least.dtype).eps) * abs(high):
+    if is_negative(least, largest):
         raise ValueError(
             f"The curvature is indefinite: it has an eigenvalue of at most {low:.3g} (largest "
             f"{high:.3g}), and CG needs a positive definite one. Use damping > {-low:.2g}, "

@@ -13,7 +13,7 @@ from .._gradients import example_gradient
 from .._linalg import dot, einsum, ravel
 from .._loss import AbstractLoss
 from .base import AbstractMatrixCurvature, least_penalty
-from .ggn import _gauss_newton_matvec, gauss_newton_matrix
+from .ggn import gauss_newton_matrix, gauss_newton_matvec
 
 
 def _drawn(loss: AbstractLoss, key, output, given):
@@ -60,7 +60,7 @@ class Fisher(AbstractMatrixCurvature):
     def matvec(self, risk, model):
         if self.kind == "exact":
             fisher = lambda o, _, t: dot(risk.loss.output_fisher(o), t.reshape(-1)).reshape(o.shape)
-            return _gauss_newton_matvec(risk, model, fisher)
+            return gauss_newton_matvec(risk, model, fisher)
 
         def matvec(v):
             def block(args):

@@ -27,7 +27,7 @@ class GaussNewton(AbstractMatrixCurvature):
     damping: Scalar = eqx.field(default=0.0, converter=check_damping)
 
     def matvec(self, risk, model):
-        return _gauss_newton_matvec(
+        return gauss_newton_matvec(
             risk, model, lambda o, y, t: _hessian_product(risk.loss, o, y, t)
         )
 
@@ -52,7 +52,7 @@ def _hessian_product(loss: AbstractLoss, output, target, moved):
     return jax.jvp(jax.grad(lambda o: loss(o, target)), (output,), (moved,))[1]
 
 
-def _gauss_newton_matvec(risk, model, middle):
+def gauss_newton_matvec(risk, model, middle):
     """v ↦ (1/n) Σ wᵢ Aᵢᵀ Sᵢ Aᵢ v + l2 v, by one forward and one reverse product; `middle(output,
     target, t)` is Sᵢ t."""
     require_array_output(risk, model)

@@ -137,7 +137,7 @@ class KFAC(AbstractKroneckerFactored):
       decide up to nK), held to retraining in `docs/how-to-choose.md`.
     - `tolerance`: relative root mean square error aimed at for a layer's scores, 0 for none: layers
       are then scored at the coordinates of their eigenbasis that outweigh l2 and damping, or, applied
-      once an example, by few products of small matrices (theory: §4), whichever takes fewer products.
+      once an example, by few products of small matrices (P13e), whichever takes fewer products.
       A target, not a bound: met where coordinates of gradients are uncorrelated, independent between
       the two factors, and of the curvature's own second moments (P13e); `self_influence` and the scales
       of `relative` stay exact.
@@ -175,7 +175,7 @@ class EKFAC(AbstractKroneckerFactored):
     (or Fisher) matrix in Frobenius norm, so never further than K-FAC (P13). Where l2 differs within a
     layer, its diagonal in the eigenbasis stands for it.
 
-    Arguments and errors are those of [`KFAC`][]. **Cost:** a second pass over the data.
+    Arguments and errors are those of `KFAC`. **Cost:** a second pass over the data.
 
     **Source:** George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored
     Eigenbasis", arXiv:1806.03884; Grosse et al. (influence), arXiv:2308.03296.

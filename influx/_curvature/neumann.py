@@ -4,7 +4,7 @@ from .._checks import is_concrete
 from .._solver.neumann import Neumann as NeumannSolver
 from .._solver.neumann import safe_step
 from .iterative import AbstractIterative, Iterative, extreme_ritz_values
-from .subspace import check_finite
+from .subspace import check_finite, is_negative
 
 
 class Neumann(AbstractIterative):
@@ -53,7 +53,7 @@ class Neumann(AbstractIterative):
 def _check_positive(least, largest) -> None:
     check_finite(jnp.stack([least, largest]))
     low, high = float(least), float(largest)
-    if low < -1e3 * float(jnp.finfo(least.dtype).eps) * abs(high) or high <= 0:
+    if is_negative(least, largest) or high <= 0:
         raise ValueError(
             f"The curvature is not positive definite: it has an eigenvalue of at most {low:.3g} "
             f"(largest {high:.3g}), and there the Neumann series diverges. Use damping > "

@@ -1,4 +1,4 @@
-"""One Newton step without a point (theory: P10)."""
+"""One Newton step without a point (P10)."""
 
 import abc
 

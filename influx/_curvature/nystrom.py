@@ -11,6 +11,7 @@ from .subspace import (
     data_product,
     diagonal_plus_low_rank,
     factor_low_rank,
+    is_negative,
     random_subspace,
     required_key,
 )
@@ -28,7 +29,7 @@ class Nystrom(AbstractCurvature):
     **Dropped:** F − F̂, which is positive semi-definite: directions that Ω missed keep l2 + λ alone. So
     the inverse is never too small, and self-influence never understated: far too large where `rank` is
     below the number of eigenvalues of F above l2 + λ (the effective dimension, see `diagnose`). It then
-    takes more damping, or [`Arnoldi`][], which puts a curvature in place of what it leaves out. Exact
+    takes more damping, or `Arnoldi`, which puts a curvature in place of what it leaves out. Exact
     where F has rank ≤ `rank`; a larger rank with the same key only adds to F̂.
 
     **Arguments:**
@@ -100,10 +101,9 @@ def _nystrom(curvature, rank, key, risk, model):
 
 def _check_semidefinite(seen) -> None:
     check_finite(seen)
-    low, high = float(seen[0]), float(seen[-1])
-    if low < -1e3 * float(jnp.finfo(seen.dtype).eps) * max(high, -low):
+    if is_negative(seen[0], jnp.max(jnp.abs(seen))):
         raise ValueError(
-            f"Without l2 the curvature has an eigenvalue of at most {low:.3g}, and the Nyström "
-            "approximation is of positive semi-definite matrices. Use Nystrom(GaussNewton(), ...) with "
-            "a convex loss, Nystrom(Fisher(), ...), or Arnoldi(...), which takes either sign."
+            f"Without l2 the curvature has an eigenvalue of at most {float(seen[0]):.3g}, and the "
+            "Nyström approximation is of positive semi-definite matrices. Use Nystrom(GaussNewton(), "
+            "...) with a convex loss, Nystrom(Fisher(), ...), or Arnoldi(...), which takes either sign."
         )

@@ -192,6 +192,11 @@ def required_key(owner: str, key: Any) -> PRNGKeyArray:
     return check_key("key", key)
 
 
+def is_negative(low: Array, high: Array) -> bool:
+    """Whether an eigenvalue is below 0 by more than rounding, which is relative to the largest."""
+    return bool(low < -1e3 * jnp.finfo(low.dtype).eps * jnp.abs(high))
+
+
 def check_finite(values: Array) -> None:
     if not bool(jnp.all(jnp.isfinite(values))):
         raise ValueError(

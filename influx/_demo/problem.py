@@ -90,7 +90,7 @@ def load(config: Config) -> Problem:
     order = rng.permutation(len(y))
     x, y = x[order] / 16, y[order].astype(np.int64)
     ends = np.cumsum([config.train, config.heldout, config.test])
-    true = y[: ends[0]]
+    true = np.asarray(y[: ends[0]])
     data = jnp.asarray(x[: ends[0]]), jnp.asarray(_flip(true, config.flip, rng))
     risk = ix.EmpiricalRisk(data, ix.SoftmaxCrossEntropy(), l2=config.l2)
     part = lambda a, b: (jnp.asarray(x[a:b]), jnp.asarray(y[a:b]))

@@ -106,7 +106,7 @@ class Layered(AbstractScoring):
 
     - *terms*: where the layer is applied once an example, for query and training point, gradients are
       rank one, g ⊗ a, and Σ_kl ĝ_ik ĝ_jk R_kl â_il â_jl with R = 1/(Λ + λ) is, for R ≈ Σ_ρ p ⊗ q, a
-      sum of ρ products of two small Gram matrices (theory: §4).
+      sum of ρ products of two small Gram matrices (P13e).
     - *coordinates*: where only some coordinates of the eigenbasis matter, the query's and the training
       point's gradients there: a product of two short vectors.
     - *dense*: else the query's H⁻¹∇m as a matrix, times the factors of a training point's gradient or

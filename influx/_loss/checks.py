@@ -1,7 +1,7 @@
 """What a loss demands of outputs and targets."""
 
-import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
@@ -18,7 +18,7 @@ def check_output(output, loss: str) -> None:
 
 
 def array_target(targets) -> Array:
-    leaves = jax.tree_util.tree_leaves(targets)
+    leaves = jtu.tree_leaves(targets)
     if len(leaves) != 1:
         raise ValueError(
             f"This loss takes one array of targets, got a pytree of {len(leaves)} arrays. "

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from .._checks import check_whole, require_concrete
 from .._custom_types import Model
 from .._jacobian import is_affine
-from .._measurement import Margin
+from .._memorization import own_margins
 from .._risk import EmpiricalRisk
 from .._validate import class_logits_shape, require_labels, validate
 from .evidence import by_features, by_model
@@ -128,7 +127,7 @@ def find_mislabelled(
         found = by_model(risk, model, labels)
     else:
         found = by_features(risk, model, labels, classes)
-    margin = _margins(risk, model)
+    margin, _ = own_margins(risk, model)
     reason = jnp.where(found.margin > 0, 0, jnp.where(margin > 0, 1, 2))
     suggested = jnp.argmax(found.scores, axis=1)
     return Mislabelled(-found.margin, labels, suggested, found.margin, margin, reason)
@@ -147,8 +146,3 @@ def _classes(risk: EmpiricalRisk, model: Model) -> int:
     if classes < 2:
         raise ValueError("`find_mislabelled` needs at least two classes, the model has one output.")
     return classes
-
-
-@eqx.filter_jit
-def _margins(risk: EmpiricalRisk, model: Model) -> Float[Array, " n"]:
-    return jax.vmap(lambda z: Margin()(risk, model, z))(risk.data)

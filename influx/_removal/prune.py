@@ -33,6 +33,8 @@ ENDS = (
     "every step was refused, down to a single point",
     "the rounds are spent",
 )
+_ACCEPTED, _NO_FALL, _LEFT_TRUST, _WITHIN_ERROR = range(len(OUTCOMES))
+_NOTHING_LEFT, _BUDGET, _ALL_REFUSED, _ROUNDS = ENDS
 _WIDEN = 0.25  # of a prediction that was this near, the next step is twice as large
 
 
@@ -96,6 +98,19 @@ class _Fitted(NamedTuple):
     gradients: float
 
 
+class _Step(NamedTuple):
+    """A row of the history."""
+
+    removed: int
+    total: int
+    promised: float
+    predicted: float
+    actual: float
+    standard_error: float
+    outcome: int
+    gradients: float
+
+
 class _Problem(NamedTuple):
     """What does not change from step to step."""
 
@@ -108,8 +123,8 @@ class _Problem(NamedTuple):
 
     def fit(self, weights: Float[Array, " n"], spent: float) -> _Fitted:
         model, trained = fitted(self.risk.with_weights(weights), self.start, self.trainer)
-        a_step = getattr(self.trainer, "batch_size", self.risk.n)
-        return _Fitted(weights, model, spent + float(trained.steps) * a_step)
+        read = float(trained.steps) * self.trainer.examples(self.risk.n)
+        return _Fitted(weights, model, spent + read)
 
     def at(self, weights: Float[Array, " n"], model: Model) -> Influence:
         return influence(self.risk.with_weights(weights), model, self.curvature)
@@ -183,7 +198,7 @@ def prune(
 def _descend(problem: _Problem, most: int, k: int, trust: float, rounds: int) -> Pruned:
     """Steps of at most k points, until one of the four ends."""
     risk = problem.risk
-    now, steps, end = problem.fit(risk.weights, 0.0), [], ENDS[3]
+    now, steps, end = problem.fit(risk.weights, 0.0), [], _ROUNDS
     scores = np.full(risk.n, np.nan)
     now, f, valued = _valued(problem, now)
     while len(steps) < rounds:
@@ -192,20 +207,21 @@ def _descend(problem: _Problem, most: int, k: int, trust: float, rounds: int) ->
         left = most - int(np.sum(np.asarray(now.weights != risk.weights)))
         chosen = harmful[np.argsort(gains[harmful], kind="stable")][: min(k, left)]
         if chosen.size == 0:
-            end = ENDS[0] if harmful.size == 0 else ENDS[1]
+            end = _NOTHING_LEFT if harmful.size == 0 else _BUDGET
             break
-        after, tried = _try(problem, f, now, chosen, trust)
-        steps.append({"removed": chosen.size, "promised": gains[chosen].sum() / risk.n, **tried})
-        if tried["outcome"] == 0:
+        promised = gains[chosen].sum() / risk.n
+        now, step = _try(problem, f, now, chosen, promised, trust)
+        steps.append(step)
+        if step.outcome == _ACCEPTED:
             scores[chosen] = np.asarray(valued.value)[chosen]
-            near = abs(tried["actual"] / tried["predicted"] - 1) <= _WIDEN
+            near = abs(step.actual / step.predicted - 1) <= _WIDEN
             k = 2 * k if near and chosen.size == k else k
-            now, f, valued = _valued(problem, after)
+            now, f, valued = _valued(problem, now)
         elif chosen.size == 1:
-            now, end = after, ENDS[2]
+            end = _ALL_REFUSED
             break
         else:  # model and values are what they were
-            now, k = after, chosen.size // 2
+            k = chosen.size // 2
     return _answer(problem, now, steps, scores, end)
 
 
@@ -215,28 +231,30 @@ def _valued(problem: _Problem, now: _Fitted) -> tuple[_Fitted, Influence, Value]
     return now._replace(gradients=now.gradients + cost), f, value(f, problem.choosing)
 
 
-def _try(problem: _Problem, f: Influence, now: _Fitted, chosen, trust: float):
+def _try(
+    problem: _Problem, f: Influence, now: _Fitted, chosen, promised: float, trust: float
+) -> tuple[_Fitted, _Step]:
     """The state after an attempt to remove `chosen`, and the attempt's row of the history."""
     risk, deciding = problem.risk, problem.deciding
     weights = now.weights.at[chosen].set(0)
     predicted = float(_newton_change(f, problem.at(weights, now.model), deciding))
-    row = {"predicted": predicted, "actual": np.nan, "standard_error": np.nan}
-    now = now._replace(gradients=now.gradients + risk.n)
-    if not predicted < 0:
-        return now, _row(risk, now, row, outcome=1)
-    trial = problem.fit(weights, now.gradients + 2 * leading_length(deciding) / 3)
-    moved, error = change(risk.losses(now.model, deciding), risk.losses(trial.model, deciding))
-    row |= {"actual": float(moved), "standard_error": float(error)}
-    if float(moved) / predicted < trust:
-        return now._replace(gradients=trial.gradients), _row(risk, now, row, 2, trial)
-    if float(moved) > -float(error):
-        return now._replace(gradients=trial.gradients), _row(risk, now, row, 3, trial)
-    return trial, _row(risk, trial, row, outcome=0)
-
-
-def _row(risk: EmpiricalRisk, now: _Fitted, row: dict, outcome: int, spent=None) -> dict:
+    now, actual, error = now._replace(gradients=now.gradients + risk.n), np.nan, np.nan
+    outcome = _NO_FALL
+    if predicted < 0:
+        trial = problem.fit(weights, now.gradients + 2 * leading_length(deciding) / 3)
+        losses = lambda model: risk.losses(model, deciding)
+        actual, error = map(float, change(losses(now.model), losses(trial.model)))
+        now = now._replace(gradients=trial.gradients)
+        if actual / predicted < trust:
+            outcome = _LEFT_TRUST
+        elif actual > -error:
+            outcome = _WITHIN_ERROR
+        else:
+            outcome, now = _ACCEPTED, trial
     total = int(np.sum(np.asarray(now.weights != risk.weights)))
-    return {**row, "outcome": outcome, "total": total, "gradients": (spent or now).gradients}
+    return now, _Step(
+        chosen.size, total, promised, predicted, actual, error, outcome, now.gradients
+    )
 
 
 @eqx.filter_jit
@@ -248,11 +266,11 @@ def _newton_change(f: Influence, without: Influence, data: PyTree[Array]) -> Flo
     return loss(without) - loss(f)
 
 
-def _answer(problem: _Problem, now: _Fitted, steps: list[dict], scores, end: str) -> Pruned:
-    whole = {"removed", "total", "outcome"}
-    names = ("removed", "total", "promised", "predicted", "actual", "standard_error", "outcome")
-    column = lambda name: jnp.asarray([row[name] for row in steps], int if name in whole else float)
-    columns = {name: column(name) for name in (*names, "gradients")}
+def _answer(problem: _Problem, now: _Fitted, steps: list[_Step], scores, end: str) -> Pruned:
+    columns = {
+        name: jnp.asarray([getattr(step, name) for step in steps], kind)
+        for name, kind in _Step.__annotations__.items()
+    }
     history = PruneHistory(**columns, spent=now.gradients, end=end)
     table = removed_table(problem.risk, now.model, ~np.isnan(scores), scores, "harmful: value")
     return Pruned(now.model, now.weights > 0, history, table)

@@ -3,8 +3,9 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import Model
 from .._risk import EmpiricalRisk
@@ -39,15 +40,18 @@ class Removed(eqx.Module):
 
 
 def removed_table(
-    risk: EmpiricalRisk, model: Model, removed: Array, score: Float[Array, " n"], reason: str
+    risk: EmpiricalRisk,
+    model: Model,
+    removed: Bool[np.ndarray, " n"],
+    score: Float[np.ndarray, " n"],
+    reason: str,
 ) -> Removed:
     """The rows of the points where the mask `removed` is true, by ascending score."""
-    score = jnp.asarray(score)
-    chosen = np.flatnonzero(np.asarray(removed))
-    index = jnp.asarray(chosen[np.argsort(np.asarray(score)[chosen], kind="stable")], int)
-    inputs, targets = jax.tree_util.tree_map(lambda x: x[index], risk.data)
+    chosen = np.flatnonzero(removed)
+    index = jnp.asarray(chosen[np.argsort(score[chosen], kind="stable")], int)
+    inputs, targets = jtu.tree_map(lambda x: x[index], risk.data)
     outputs = jax.vmap(lambda x: risk.output(model, x))(inputs)
-    return Removed(index, targets, suggestion(risk, outputs), score[index], reason)
+    return Removed(index, targets, suggestion(risk, outputs), jnp.asarray(score)[index], reason)
 
 
 def suggestion(risk: EmpiricalRisk, outputs):

@@ -18,7 +18,7 @@ class RidgeHead(NamedTuple):
     J is quadratic and H = I ⊗ A, A = (1/n) Σ wᵢ h̃ᵢh̃ᵢᵀ + μI, so that one d × d inverse answers
     everything exactly (P10, P12), wherever the network's own head is in its training:
 
-    - `scores`: Wh̃ᵢ; `without`: W₋ᵢh̃ᵢ = yᵢ − (yᵢ − Wh̃ᵢ)/(1 − (wᵢ/n) h̃ᵢᵀA⁻¹h̃ᵢ)
+    - `without`: W₋ᵢh̃ᵢ = yᵢ − (yᵢ − Wh̃ᵢ)/(1 − (wᵢ/n) h̃ᵢᵀA⁻¹h̃ᵢ)
     - `value`: Gᵢ = n ∂m/∂wᵢ = ⟨yᵢ − Wh̃ᵢ, Σ_t y_t h̃_tᵀA⁻¹h̃ᵢ⟩/|V|, m the mean score that held-out
       points give to their labels: label agreement × feature similarity. Positive = helpful.
 
@@ -28,8 +28,6 @@ class RidgeHead(NamedTuple):
     proper loss has no such property: it rewards scores as unsure as the labels are.
     """
 
-    weight: Float[Array, "C d"]
-    scores: Float[Array, "n C"]
     without: Float[Array, "n C"]
     value: Float[Array, " n"]
 
@@ -49,18 +47,10 @@ def ridge_head(
     mu = RIDGE * jnp.trace(second) / d
     eye = jnp.eye(d, dtype=features.dtype)
     inverse = jsl.cho_solve(jsl.cho_factor(second + mu * eye), eye)
-    weight = dot(inverse, dot(weighted, Y)).T
     solved = dot(features, inverse)
-    residual = Y - dot(features, weight.T)
+    residual = Y - dot(solved, dot(weighted, Y))
     leverage = share * jnp.sum(solved * features, axis=1)
     votes = dot(centred(heldout[1]).T, heldout[0]) / heldout[1].shape[0]  # [C, d]
     value = einsum("nc,cd,nd->n", residual, votes, solved)
     without = Y - residual / (1 - leverage)[:, None]
-    return RidgeHead(weight, Y - residual, without, value)
-
-
-def score_margin(scores: Float[Array, "n C"], labels: Int[Array, " n"]) -> Float[Array, " n"]:
-    """The score of the label minus the best of the others."""
-    own = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
-    is_own = jnn.one_hot(labels, scores.shape[1], dtype=bool)
-    return own - jnp.max(jnp.where(is_own, -jnp.inf, scores), axis=1)
+    return RidgeHead(without, value)

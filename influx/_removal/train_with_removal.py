@@ -1,5 +1,6 @@
 """Training that stops spending gradients on points that are mislabelled, or explained already."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -18,9 +20,10 @@ from .._restriction import restrict
 from .._risk import EmpiricalRisk
 from .._train import SGD
 from .._validate import class_logits_shape, require_labels, validate
+from .evidence import score_margin
 from .heldout import change, check_share, halves
 from .removed import Removed, removed_table
-from .ridge_head import ridge_head, score_margin
+from .ridge_head import ridge_head
 
 # On the scale of the closed-form head's scores, where an exact fit gives a label 1. Fixed, with
 # the defaults of `train_with_removal`, on rows and seeds that no benchmark reads.
@@ -218,7 +221,20 @@ class _Run(NamedTuple):
 
     @property
     def valuation(self) -> int:
+        """The gradients that valuing all points once counts as."""
         return int(self.present.sum()) + leading_length(self.choosing)
+
+
+class _Epoch(NamedTuple):
+    """A row of the history."""
+
+    gradients: float
+    trained: int
+    harmful: int
+    explained: int
+    heldout: float
+    valued: bool
+    watched: PyTree[Array]
 
 
 def _train(run: _Run, model0: Model, budget: float, warmup: int, every: int) -> TrainedWithRemoval:
@@ -228,8 +244,8 @@ def _train(run: _Run, model0: Model, budget: float, warmup: int, every: int) -> 
     plain = run.trainer.epochs * run.trainer.batches(run.risk.n, jnp.asarray(0)).size
     check = _FORWARD * leading_length(run.deciding)
     _check_budget(run, budget * plain, warmup, check)
-    spent, best, returned, rows, watched = 0.0, None, (0, params), [], []
-    for epoch in range(10**6):
+    spent, best, returned, epochs = 0.0, None, (0, params), []
+    for epoch in itertools.count():
         cost, valued = check, epoch >= warmup and (epoch - warmup) % every == 0
         if valued:
             found = _revalue(run, eqx.combine(state[0], static), found)
@@ -246,15 +262,27 @@ def _train(run: _Run, model0: Model, budget: float, warmup: int, every: int) -> 
         best = p if best is None or jnp.mean(p) > jnp.mean(best) else best
         fall, error = change(p, best)
         returned = (epoch, state[0]) if fall <= error else returned
-        counts = (0, 0) if found is None else (found.harmful.sum(), found.explained.sum())
-        watched.append(run.watch(eqx.combine(state[0], static)))
-        rows.append((spent, steps * size, *map(int, counts), float(jnp.mean(p)), valued))
-    return _answer(run, eqx.combine(returned[1], static), found, rows, plain, returned[0], watched)
+        harmful, explained = (
+            (0, 0) if found is None else (found.harmful.sum(), found.explained.sum())
+        )
+        watched = run.watch(eqx.combine(state[0], static))
+        heldout = float(jnp.mean(p))
+        epochs.append(
+            _Epoch(spent, steps * size, int(harmful), int(explained), heldout, valued, watched)
+        )
+    assert found is not None  # `_check_budget` has seen to it
+    chosen, params = returned
+    return _answer(run, eqx.combine(params, static), found, epochs, plain, chosen)
 
 
 def _check_budget(run: _Run, budget: float, warmup: int, check: float) -> None:
-    size = run.trainer.batch_size
-    first = warmup * (int(run.present.sum()) // size * size + check)
+    size, present = run.trainer.batch_size, int(run.present.sum())
+    if present < size:
+        raise ValueError(
+            f"`batch_size` is {size}, and only {present} training points have a weight above 0. Use "
+            f"batch_size={present} at most."
+        )
+    first = warmup * (present // size * size + check)
     if budget < first + run.valuation + check + size:
         raise ValueError(
             f"The budget is {budget:.0f} gradients, and {warmup} plain epochs with one valuation after "
@@ -311,14 +339,11 @@ def _margins(small: EmpiricalRisk, part: Model, weights, choosing: PyTree[Array]
 
 
 def _answer(
-    run: _Run, model: Model, found, rows, plain: int, returned: int, watched
+    run: _Run, model: Model, found: _Verdicts, epochs: list[_Epoch], plain: int, returned: int
 ) -> TrainedWithRemoval:
-    gradients, points, harmful, explained, heldout, valued = map(jnp.asarray, zip(*rows))
-    stacked = jax.tree_util.tree_map(lambda *x: jnp.stack(x), *watched)
+    columns = jtu.tree_map(lambda *x: jnp.stack([jnp.asarray(each) for each in x]), *epochs)
     reason = "the others contradict its label: margin without it"
     table = removed_table(run.risk, model, found.harmful, found.margin, reason)
     kept = jnp.asarray(run.present & ~found.harmful)
-    history = RemovalHistory(
-        gradients, points, harmful, explained, heldout, valued, plain, returned, stacked
-    )
+    history = RemovalHistory(**columns._asdict(), plain=plain, returned=returned)
     return TrainedWithRemoval(model, kept, history, table)

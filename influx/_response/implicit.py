@@ -14,7 +14,7 @@ from .base import AbstractResponse
 
 
 class Implicit(AbstractResponse):
-    """R = −(1/n) H⁻¹ [g_1 … g_n], by the implicit function theorem at θ̂ (theory: §2).
+    """R = −(1/n) H⁻¹ [g_1 … g_n], by the implicit function theorem at θ̂.
 
     Holds the curvature factored once. Gradients of training points are recomputed a chunk at a time,
     in the way that `scoring` says.

@@ -141,7 +141,7 @@ def krylov(
     with s of this module's head, is the Gauss–Radau minus the Gauss rule of ρ₀ᵀH⁻¹ρ₀ plus rounding.
     It holds for the `Hx` returned and for the true product alike, given 0 < lower ≤ λ_min(H) and
     products that err by less than 64 eps times the largest ‖Hq‖ seen on the basis or `scale`, as in
-    [`quadrature`][], whichever is larger. It is infinite where T refutes `lower`.
+    `quadrature`, whichever is larger. It is infinite where T refutes `lower`.
 
     **Cost:** steps + 2 products.
     """

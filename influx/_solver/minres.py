@@ -1,6 +1,6 @@
 """Minimal residuals: solves with symmetric matrices that may be indefinite or singular."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from .._linalg import dot
+from .checks import check_limits, check_symmetric, refuse_options
 
 # A residual is a null vector of A where ‖Ar‖ is at most this power of the machine epsilon, in units of
 # ‖A‖‖r‖: lost orthogonality leaves 1e-9 or so of it in float64.
@@ -50,33 +51,20 @@ class MINRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
     max_steps: int | None = None
 
     def __check_init__(self):
-        if any(isinstance(t, (int, float)) and t < 0 for t in (self.rtol, self.atol)):
-            raise ValueError(
-                f"Tolerances must be at least 0, got rtol={self.rtol}, atol={self.atol}."
-            )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"`max_steps` must be at least 1, got {self.max_steps}.")
+        check_limits(self.rtol, self.atol, self.max_steps)
 
     def init(self, operator, options):
-        _refuse_options(options)
+        refuse_options("MINRES", options)
         leaves, structure = jtu.tree_flatten(operator.in_structure())
         others, other_structure = jtu.tree_flatten(operator.out_structure())
         shapes = lambda parts: [(x.shape, x.dtype) for x in parts]
         if structure != other_structure or shapes(leaves) != shapes(others):
             raise ValueError("MINRES solves with square operators. Use `lx.LSMR` for others.")
-        if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves):
-            raise ValueError(
-                "MINRES solves with real operators, got a complex one. Use `lx.GMRES`."
-            )
-        if not lx.is_symmetric(operator):
-            raise ValueError(
-                "MINRES solves with symmetric operators. If this one is, tag it: "
-                "`lx.TaggedLinearOperator(operator, lx.symmetric_tag)`; if not, use `lx.GMRES`."
-            )
+        check_symmetric("MINRES", operator)
         return lx.linearise(operator)
 
     def compute(self, state, vector, options):
-        _refuse_options(options)
+        refuse_options("MINRES", options)
         b, unravel = ravel_pytree(vector)
         matvec = lambda x: ravel_pytree(state.mv(unravel(x)))[0]
         budget = 10 * b.size if self.max_steps is None else self.max_steps
@@ -242,8 +230,3 @@ def _result(solve: _Solve, is_null, tolerance, budget) -> lx.RESULTS:
     # lineax itself tells a NaN in b from one that the operator made.
     finite = jnp.isfinite(solve.residual_norm)
     return lx.RESULTS.where(finite, result, lx.RESULTS.singular)
-
-
-def _refuse_options(options: dict[str, Any]) -> None:
-    if options:
-        raise ValueError(f"MINRES takes no options, got {sorted(options)}. Leave `options` out.")

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from .bounds import ritz_values
+from .checks import check_limits, check_symmetric, refuse_options
 
 # A Ritz value lies below the norm. Steps are this much shorter than the largest one allows, see
 # `safe_step`.
@@ -50,32 +51,19 @@ class Neumann(lx.AbstractLinearSolver[Any]):
     step: Float[Array, ""] | float | None = None
 
     def __check_init__(self):
-        if any(isinstance(t, (int, float)) and t < 0 for t in (self.rtol, self.atol)):
-            raise ValueError(
-                f"Tolerances must be at least 0, got rtol={self.rtol}, atol={self.atol}."
-            )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"`max_steps` must be at least 1, got {self.max_steps}.")
+        check_limits(self.rtol, self.atol, self.max_steps)
 
     def init(self, operator, options):
-        _refuse_options(options)
-        leaves = jtu.tree_leaves(operator.in_structure())
-        if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves):
-            raise ValueError(
-                "Neumann solves with real operators, got a complex one. Use `lx.GMRES`."
-            )
-        if not lx.is_symmetric(operator):
-            raise ValueError(
-                "Neumann solves with symmetric operators. If this one is, tag it: "
-                "`lx.TaggedLinearOperator(operator, lx.symmetric_tag)`; if not, use `lx.GMRES`."
-            )
+        refuse_options("Neumann", options)
+        check_symmetric("Neumann", operator)
         operator = lx.linearise(operator)
         if self.step is not None:
+            leaves = jtu.tree_leaves(operator.in_structure())
             return operator, jnp.asarray(self.step, jnp.result_type(*leaves))
         return operator, safe_step(_largest_ritz(operator))
 
     def compute(self, state, vector, options):
-        _refuse_options(options)
+        refuse_options("Neumann", options)
         operator, step = state
         b, unravel = ravel_pytree(vector)
         matvec = lambda x: ravel_pytree(operator.mv(unravel(x)))[0]
@@ -154,8 +142,3 @@ def _result(at: _At, tolerance, grows, stuck) -> lx.RESULTS:
     result = lx.RESULTS.where(at.norm <= tolerance, lx.RESULTS.successful, result)
     # lineax itself tells a NaN in b from one that the operator made.
     return lx.RESULTS.where(jnp.isnan(at.norm), lx.RESULTS.singular, result)
-
-
-def _refuse_options(options: dict[str, Any]) -> None:
-    if options:
-        raise ValueError(f"Neumann takes no options, got {sorted(options)}. Leave `options` out.")

@@ -70,6 +70,10 @@ class AbstractTrainer(eqx.Module):
         """About how many numbers one training holds at its peak: what bounds a chunk of them."""
 
     @abc.abstractmethod
+    def examples(self, n: int) -> int:
+        """How many of n training points one step reads, for counts of gradients spent."""
+
+    @abc.abstractmethod
     def remedies(self) -> str:
         """What was demanded of a training, and what to change where it was not met."""
 

@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
 from jax.numpy.linalg import norm
 from jaxtyping import Array, Bool
@@ -68,6 +69,9 @@ class LBFGS(AbstractTrainer):
         theta, _ = ravel(model)
         return gradient_items(objective, model) + 2 * self.history * theta.size
 
+    def examples(self, n):
+        return n
+
     def remedies(self):
         return minimising_remedies(self.tolerance, self.max_steps)
 
@@ -97,7 +101,7 @@ class _PastRounding(optx.AbstractSearch):
         rounding = 10 * jnp.finfo(value.dtype).eps * jnp.abs(before)
         tied = ~accept & (value <= before + rounding)
         fresh = self.search.init(y, f_info)
-        after = jax.tree_util.tree_map(lambda new, old: jnp.where(tied, new, old), fresh, after)
+        after = jtu.tree_map(lambda new, old: jnp.where(tied, new, old), fresh, after)
         size = jnp.where(tied, jnp.ones_like(size), size)
         return size, accept | tied, result, after
 

@@ -132,6 +132,9 @@ class Newton(AbstractTrainer):
             return 2 * reverse
         return 4 * theta.size**2 + min(theta.size, chunk_length(reverse, theta.dtype)) * reverse
 
+    def examples(self, n):
+        return n
+
     def remedies(self):
         return minimising_remedies(self.tolerance, self.max_steps)
 
@@ -194,6 +197,9 @@ class Chord(AbstractTrainer):
 
     def items(self, objective, model):
         return gradient_items(objective, model)
+
+    def examples(self, n):
+        return n
 
     def remedies(self):
         return minimising_remedies(self.tolerance, self.max_steps)

@@ -108,6 +108,9 @@ class SGD(AbstractTrainer):
         theta, _ = ravel(model)
         return gradient_items(objective, model) + 4 * theta.size
 
+    def examples(self, n):
+        return self.batch_size
+
     def remedies(self):
         return (
             f"The run of {self.epochs} epochs at batch size {self.batch_size} diverged: its "

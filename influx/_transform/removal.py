@@ -13,7 +13,7 @@ def removal(f: Influence, kind: Literal["first-order", "newton"] = "first-order"
     - `"newton"`: m(θ̂ + Δθᵢ) − m(θ̂ + δ₀), with Δθᵢ one Newton step of the risk without point i
       (Woodbury, so that a point's leverage is exact) and m evaluated there, not linearised. Error
       O(1/n²) too, but of ∇³J alone: exact where J is quadratic and λ = 0. Hessian and GaussNewton,
-      also inside CG or MINRES.
+      also inside CG, MINRES, Neumann, Projected or Arnoldi(complement=False).
 
     **Sign and unit.** Positive: removing the point *raises* m; opposite in sign to influence, and
     smaller by n. Removal erases: 1/n and l2 stay what they were. "first-order" of `groups(f, masks,
