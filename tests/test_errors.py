@@ -406,6 +406,11 @@ def test_every_verb_that_takes_a_risk_and_a_model_checks_them(verb):
 SETTINGS = {
     "damping negative": (lambda: ix.Hessian(damping=-1.0), "at least 0, got -1.0", "damping=0."),
     "damping NaN": (lambda: ix.GaussNewton(damping=np.nan), "at least 0, got nan", "1e-3"),
+    "around a mixture": (
+        lambda: ix.CG(ix.Mixture({lambda m: m.bias: ix.GaussNewton()}, ix.GaussNewton())),
+        "no damping before it meets the data",
+        "put what solves inside it",
+    ),
     "damping string": (lambda: ix.Identity(damping="auto"), "real number, got 'auto'", "`damping`"),
     "damping complex": (lambda: ix.Hessian(damping=1 + 1j), r"got \(1\+1j\)", "one real number"),
     "no class weight": (

@@ -203,5 +203,12 @@ def test_what_cannot_be_answered_is_refused_by_name():
     elementwise = ix.EmpiricalRisk(risk.data, risk.loss, l2=1e-2, predict=bias)
     with pytest.raises(ValueError, match="No layer"):
         ix.find_mislabelled(elementwise, jnp.zeros(3), evidence="features")
+    many = 2_000_000
+    crowd = ix.EmpiricalRisk(
+        (jnp.zeros((many, 1)), jnp.zeros(many, int)), ix.SoftmaxCrossEntropy(), l2=1e-2
+    )
+    head = eqx.nn.Linear(1, 2, key=jr.key(0))
+    with pytest.raises(ValueError, match="2,000,000 training points pairwise.*fewer points"):
+        ix.find_mislabelled(crowd, head)
     with pytest.raises(ValueError, match="Call it outside"):
         jax.jit(lambda x: ix.find_mislabelled(risk, x).score)(linear_model())

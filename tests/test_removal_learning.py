@@ -97,6 +97,18 @@ def test_the_history_adds_up():
     assert len(str(history).splitlines()) == sizes.size + 2
 
 
+def test_gradients_are_those_that_batches_read():
+    """Two runs of 3 epochs on 4 full batches of 18 points; |V| = 100 + 100, a third a forward pass."""
+    risk = ix.EmpiricalRisk(data(80, 0, 12), ix.SoftmaxCrossEntropy(), l2=1e-2)
+    sgd = ix.SGD(optax.sgd(0.5), batch_size=18, epochs=3, key=jr.key(0))
+    history = ix.prune(risk, linear(), sgd, heldout=data(200, 1), rounds=1).history
+    run, valuation, prediction, check = 3 * 4 * 18, 80 + 100, 80, 2 * 100 / 3
+    spent = run + valuation + prediction + check + run
+    np.testing.assert_allclose(history.gradients, [spent])
+    again = valuation if int(history.outcome[0]) == 0 else 0
+    assert history.spent == pytest.approx(spent + again)
+
+
 @pytest.mark.parametrize("budget", [0.05, 0.1])
 def test_the_budget_is_kept(budget):
     _, found = pruned(budget=budget)
@@ -314,6 +326,13 @@ def test_prune_refuses(change, words):
 def test_train_with_removal_refuses(change, words):
     with pytest.raises(ValueError, match=words):
         trained(**change)
+
+
+def test_fewer_points_than_a_batch_are_refused_by_name():
+    weights = jnp.zeros(80).at[:5].set(1)
+    risk = ix.EmpiricalRisk(data(80, 0), ix.SoftmaxCrossEntropy(), l2=1e-3, weights=weights)
+    with pytest.raises(ValueError, match="only 5 training points .* batch_size=5"):
+        ix.train_with_removal(risk, network(), trainer(), heldout=data(40, 1), head=HEAD)
 
 
 def test_train_with_removal_is_for_classifiers():
