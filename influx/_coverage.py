@@ -53,6 +53,10 @@ def coverage(f: Influence) -> Coverage:
     | `"excluded"` | frozen by `restrict` |
 
     A parameter that fits none of them is an error where the curvature meets the model.
+
+    **Raises:** `ValueError` under `Unrolled`, which has no curvature.
+
+    **Cost:** none: it reads what the curvature holds.
     """
     check_influence("coverage", f)
     response = implicit_response(f.response, "coverage")
@@ -77,17 +81,20 @@ def _rows(
         names = lambda layer: tuple(leaves[leaf][0] for leaf in layer.leaves)
         return [Treatment(names(layer), layer.size, layer.treatment) for layer in layers]
     if isinstance(factored, Blocks):
-        return [row for part in _parts(curvature, factored, leaves) for row in _rows(*part)]
+        return [row for part in _parts(factored, leaves) for row in _rows(*part)]
     names, sizes = zip(*leaves)
     return [Treatment(names, sum(sizes), type(curvature).__name__)]
 
 
-def _parts(curvature, factored: Blocks, leaves):
+def _parts(factored: Blocks, leaves):
     """Each block with its own curvature and leaves, told by where they start."""
     starts, start = {}, 0
     for name, size in leaves:
         starts[start] = (name, size)
         start += size
-    own = getattr(curvature, "curvatures", lambda count: [curvature] * count)(len(factored.blocks))
-    for one, block in zip(own, factored.blocks):
-        yield one, block.factored, [starts[i] for i in block.indices.tolist() if i in starts]
+    for block in factored.blocks:
+        yield (
+            block.curvature,
+            block.factored,
+            [starts[i] for i in block.indices.tolist() if i in starts],
+        )

@@ -50,6 +50,11 @@ class AbstractJacobian(eqx.Module):
 
     @property
     @abc.abstractmethod
+    def summed(self) -> int:
+        """How many terms one number of Σᵢ Aᵢᵀuᵢ is a sum of."""
+
+    @property
+    @abc.abstractmethod
     def affine(self) -> bool:
         """Whether the outputs are affine in θ, so that A does not depend on it."""
 
@@ -84,7 +89,8 @@ class AbstractJacobian(eqx.Module):
 
     @abc.abstractmethod
     def energy(self, s: Float[Array, " n"]) -> Callable[[Float[Array, "k P"]], Float[Array, " k"]]:
-        """The form v ↦ Σᵢ sᵢ ‖Aᵢv‖² on rows v, through its [P, P] (or [d, d]) matrix."""
+        """The form v ↦ Σᵢ sᵢ ‖Aᵢv‖², s ≥ 0, on rows v, through its [P, P] (or [d, d]) matrix: not below
+        it, whatever rounding does to a form that nearly vanishes at v."""
 
     @abc.abstractmethod
     def take(self, indices: Int[Array, " k"]) -> "AbstractJacobian":
@@ -96,7 +102,7 @@ class AbstractJacobian(eqx.Module):
 
     @abc.abstractmethod
     def norms(self) -> Float[Array, " n"]:
-        """A bound on ‖Aᵢ‖₂: itself for a head, else at most K^(1/16) times it."""
+        """A bound on ‖Aᵢ‖₂: itself to rounding for a head, else at most K^(1/16) times it."""
 
     @abc.abstractmethod
     def absolute_norms(self) -> Float[Array, " n"]:
@@ -131,6 +137,10 @@ class OutputJacobian(AbstractJacobian):
     @property
     def length(self):
         return ravel(self.model)[0].size
+
+    @property
+    def summed(self):
+        return self.examples * self.outputs
 
     def _output(self, theta, x):
         _, rebuild = ravel(self.model)
@@ -204,7 +214,7 @@ class OutputJacobian(AbstractJacobian):
     def energy(self, s):
         unit = jnp.eye(self.outputs, dtype=s.dtype)
         matrix = self.gram(s[:, None, None] * unit[None])
-        return lambda rows: jnp.sum(dot(rows, matrix) * rows, axis=1)
+        return lambda rows: _form(matrix, rows[:, None, :], self.summed)
 
     def take(self, indices):
         return OutputJacobian(self.risk, self.model, take(self.inputs, indices))
@@ -235,6 +245,10 @@ class HeadJacobian(AbstractJacobian):
     @property
     def length(self):
         return self.features.shape[1]
+
+    @property
+    def summed(self):
+        return self.examples
 
     @property
     def affine(self):
@@ -302,7 +316,8 @@ class HeadJacobian(AbstractJacobian):
         return self._join(unit[None, :, :, None] * self.features[:, None, None, :])
 
     def norms(self):
-        return jnp.linalg.norm(self.features, axis=1)
+        rounding = 1 + (self.length + 4) * jnp.finfo(self.features.dtype).eps
+        return jnp.linalg.norm(self.features, axis=1) * rounding
 
     def absolute_norms(self):
         return self.norms()
@@ -318,15 +333,22 @@ class HeadJacobian(AbstractJacobian):
 
     def energy(self, s):
         form = dot(self.features.T, s[:, None] * self.features)
-
-        def energy(vectors):
-            rows = self.split(vectors)
-            return jnp.sum(dot(rows, form) * rows, axis=(1, 2))
-
-        return energy
+        return lambda vectors: _form(form, self.split(vectors), self.summed)
 
     def take(self, indices):
         return HeadJacobian(self.features[indices], self.classes, self.widths)
+
+
+def _form(
+    matrix: Float[Array, "d d"], rows: Float[Array, "k c d"], summed: int
+) -> Float[Array, " k"]:
+    """Σ_c rows_cᵀ M rows_c from above, M positive semi-definite, each number of it a sum of `summed`
+    terms. Where the form vanishes its value is rounding, of size u·tr M·‖rows‖² a term, and of any
+    sign."""
+    value = jnp.sum(dot(rows, matrix) * rows, axis=(1, 2))
+    terms = (summed + 2 * matrix.shape[0] + 16) * jnp.finfo(matrix.dtype).eps / 2
+    size = jnp.trace(matrix) * jnp.sum(jnp.square(rows), axis=(1, 2))
+    return jnp.maximum(value, 0) + terms * size
 
 
 def is_affine(risk: EmpiricalRisk, model: Model) -> bool:

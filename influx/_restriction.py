@@ -90,6 +90,8 @@ def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[Empirical
 
     **Raises:** `ValueError` where `where` selects nothing that holds parameters.
 
+    **Cost:** none by itself; every example gradient still passes through the whole model.
+
     **Source:** Koh & Liang, "Understanding Black-box Predictions via Influence Functions",
     arXiv:1703.04730, for the last layer; the bound is this project's (P9).
     """

@@ -6,7 +6,6 @@ summed in blocks, which bounds its rounding by their number and length in place 
 """
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import equinox as eqx
@@ -16,8 +15,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._chunks import chunk_length, chunked_map
-from .._curvature.newton_step import HeldWoodbury
-from .._gradients import risk_gradient
 from .._influence import Influence
 from .._jacobian import AbstractJacobian, HeadJacobian, OutputJacobian
 from .._linalg import einsum, ravel
@@ -91,7 +88,8 @@ def affine_rows(f: Influence, jacobian: AbstractJacobian, inputs: PyTree[Array])
 
 
 def affine(f: Influence) -> Influence:
-    """`f` on the affine problem: the same to rounding, and it reads `AffineRows` for inputs."""
+    """`f` on the affine problem: the same to rounding, and it reads `AffineRows` for inputs. Its
+    curvature stays that of `f`: the steps that it proposes are judged here, not trusted."""
     response, jacobian = implicit_response(f.response, "certify"), affine_jacobian(f)
     rows = affine_rows(f, jacobian, f.risk.data[0])
     head = jacobian.take(jnp.arange(0)) if isinstance(jacobian, HeadJacobian) else None
@@ -100,13 +98,7 @@ def affine(f: Influence) -> Influence:
     risk = eqx.tree_at(where, f.risk, ((rows, f.risk.data[1]), output, itself))
     if head is None:
         jacobian = OutputJacobian(risk, f.model, rows)
-    newton = response.newton
-    if isinstance(newton, HeldWoodbury):  # it holds what the other gradient left
-        apart = risk_gradient(risk, f.model) - risk_gradient(f.risk, f.model)
-        newton = replace(newton, slack=newton.slack + jnp.linalg.norm(apart))
-    where = lambda r: (r.risk, r.jacobian, r.newton)
-    is_none = lambda x: x is None
-    response = eqx.tree_at(where, response, (risk, jacobian, newton), is_leaf=is_none)
+    response = eqx.tree_at(lambda r: (r.risk, r.jacobian), response, (risk, jacobian))
     return eqx.tree_at(lambda f: f.response, f, response)
 
 
@@ -132,5 +124,5 @@ def output_sizes(f: Influence, jacobian: AbstractJacobian, rows: AffineRows) -> 
     theta, rebuild = ravel(f.model)
     at = lambda row: jnp.linalg.norm(f.risk.output(rebuild(jnp.abs(theta)), row).reshape(-1))
     settled = jax.vmap(at)(jtu.tree_map(jnp.abs, rows))
-    terms = sum(_block_shape(jacobian.length)) + jacobian.outputs + 16  # with a few around them
+    terms = sum(rows.slope.shape[-2:]) + jacobian.outputs + 16  # with a few around them
     return OutputSizes(jacobian.absolute_norms(), settled, terms)

@@ -1,5 +1,7 @@
 """A measurement on a ball of parameters: its value at the centre, and how far it can be from it."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -33,36 +35,59 @@ def _product(lipschitz, radius):
 
 
 class Reach(eqx.Module):
-    """What a query's outputs can do on a ball: ‖A‖₂ and A Aᵀ, and how far they round."""
+    """What a query's outputs can do on a ball: ‖A‖₂ and A Aᵀ, and how far they round. `terms` is how
+    many numbers xᵀAAᵀx sums on its way."""
 
     norm: Float[Array, ""]
     outer: Float[Array, "K K"]
     sizes: OutputSizes
+    terms: int = eqx.field(static=True)
+
+    def length(self, rows: Float[Array, "*c K"]) -> Float[Array, "*c"]:
+        """‖Aᵀx‖ from above: where terms of xᵀAAᵀx cancel it is rounding, of either sign."""
+        square = einsum("...k,kl,...l->...", rows, self.outer, rows)
+        size = jnp.sum(jnp.square(rows), axis=-1) * jnp.square(self.sizes.norms)
+        rounding = self.terms * jnp.finfo(square.dtype).eps / 2
+        return jnp.sqrt(jnp.maximum(square, 0) + rounding * size)
 
 
 def reach(f: Influence, jacobian: AbstractJacobian, rows: AffineRows) -> Reach:
     """That of each input, its rows and their Jacobian given."""
-    return Reach(jacobian.norms(), jacobian.outer(), output_sizes(f, jacobian, rows))
+    terms = jacobian.length + 2 * jacobian.outputs + 16
+    return Reach(jacobian.norms(), jacobian.outer(), output_sizes(f, jacobian, rows), terms)
 
 
-def ball(f: Influence, measurement, step, query, within: Reach) -> Ball:
-    """One query's measurement at θ̂ + step."""
+class _Outcome(NamedTuple):
+    """m as computed, ∂m in the outputs, and a bound on these outputs' error."""
+
+    value: Float[Array, "*c"]
+    rows: Float[Array, "*c K"]
+    error: Float[Array, ""]
+
+
+def _outcome(f: Influence, measurement, step, query, within: Reach) -> _Outcome:
     theta, rebuild = ravel(f.model)
     x, y = query
     output = f.risk.output(rebuild(theta + step), x)
     of_output = lambda o: measurement.of_output(f.risk.loss, o.reshape(output.shape), y)
     flat = output.reshape(-1)
-    value, rows = of_output(flat), jax.jacrev(of_output)(flat)
-    slope = jnp.sqrt(jnp.maximum(einsum("...k,kl,...l->...", rows, within.outer, rows), 0))
+    error = within.sizes.error(jnp.linalg.norm(step))
+    return _Outcome(of_output(flat), jax.jacrev(of_output)(flat), error)
+
+
+def ball(f: Influence, measurement, step, query, within: Reach) -> Ball:
+    """One query's measurement at θ̂ + step."""
+    outcome = _outcome(f, measurement, step, query, within)
     bounds = measurement.constants(f.risk, f.model)
+    slope = within.length(outcome.rows) + _slope_rounding(outcome, bounds, within, 0)
     # The components of a vector measurement share their bounds.
     shared = lambda bound: jnp.broadcast_to(bound, slope.shape)
     return Ball(
-        value,
+        outcome.value,
         slope,
         shared(bounds.lipschitz * within.norm),
         shared(bounds.smoothness * within.norm**2),
-        _value_rounding(value, rows, bounds, within.sizes.error(jnp.linalg.norm(step))),
+        _value_rounding(outcome, bounds),
     )
 
 
@@ -72,13 +97,28 @@ def slope_scale(lipschitz) -> Array:
     return jnp.where(jnp.isfinite(lipschitz), lipschitz, 0)
 
 
-def _value_rounding(value, rows, bounds: MeasurementConstants, error) -> Array:
-    """How far a computed m can be from m, `rows` being ∂m and `error` bounding that of its output: the
-    output's error carried on, and that of a sum over K outputs with a few operations around it, relative
-    to the value and to the steepest slope."""
-    few = (64 + rows.shape[-1]) * jnp.finfo(value.dtype).eps / 2
+def _few(outcome: _Outcome) -> float:
+    """A sum over K outputs with a few operations around it, relative."""
+    return (64 + outcome.rows.shape[-1]) * float(jnp.finfo(outcome.rows.dtype).eps) / 2
+
+
+def _value_rounding(outcome: _Outcome, bounds: MeasurementConstants) -> Array:
+    """How far a computed m can be from m: the output's error carried on, and the rounding inside m,
+    relative to the value and to the steepest slope."""
+    value, rows, error = outcome
     carried = jnp.linalg.norm(rows, axis=-1) * error + bounds.smoothness * error**2
-    return few * (jnp.abs(value) + slope_scale(bounds.lipschitz)) + carried
+    return _few(outcome) * (jnp.abs(value) + slope_scale(bounds.lipschitz)) + carried
+
+
+def _slope_rounding(
+    outcome: _Outcome, bounds: MeasurementConstants, within: Reach, terms: int
+) -> Array:
+    """How far a computed Aᵀ∂m can be from it, each number of it a sum of so many terms besides."""
+    unit = jnp.finfo(outcome.rows.dtype).eps / 2
+    size = jnp.linalg.norm(outcome.rows, axis=-1)
+    inside = _few(outcome) * (size + slope_scale(bounds.lipschitz))
+    carried = bounds.smoothness * outcome.error
+    return within.sizes.norms * (terms * unit * size + inside + carried)
 
 
 def mean_ball(f: Influence, step, queries, within: Reach) -> Ball:
@@ -88,12 +128,20 @@ def mean_ball(f: Influence, step, queries, within: Reach) -> Ball:
     def average(t):
         return jnp.mean(jax.vmap(lambda q: f.measurement(f.risk, rebuild(t), q))(queries))
 
+    def one(query, within):
+        outcome = _outcome(f, f.measurement, step, query, within)
+        bounds = f.measurement.constants(f.risk, f.model)
+        terms = within.outer.shape[-1] * count + within.terms
+        of_slope = _slope_rounding(outcome, bounds, within, terms)
+        return ball(f, f.measurement, step, query, within), of_slope
+
+    count = within.norm.size
     value, gradient = jax.value_and_grad(average)(theta + step)
-    each = jax.vmap(lambda q, w: ball(f, f.measurement, step, q, w))(queries, within)
-    of_sum = within.norm.size * jnp.finfo(value.dtype).eps / 2 * jnp.mean(jnp.abs(each.value))
+    each, of_slope = jax.vmap(one)(queries, within)
+    of_sum = count * jnp.finfo(value.dtype).eps / 2 * jnp.mean(jnp.abs(each.value))
     return Ball(
         value,
-        jnp.linalg.norm(gradient),
+        jnp.linalg.norm(gradient) + jnp.mean(of_slope),
         jnp.mean(each.lipschitz),
         jnp.mean(each.smoothness),
         jnp.mean(each.rounding) + of_sum,

@@ -1,7 +1,6 @@
 """Block-diagonal curvature: interactions inside a layer are kept, those between layers dropped."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -48,7 +47,7 @@ class BlockDiagonal(AbstractCurvature):
     def factor(self, risk, model):
         return Blocks(
             tuple(
-                Block(indices, self.curvature.factor(*restrict(risk, model, where)), self.damping)
+                Block(indices, self.curvature.factor(*restrict(risk, model, where)), self)
                 for indices, where in layers(model)
             )
         )
@@ -99,10 +98,6 @@ class Mixture(AbstractCurvature):
     def damping(self):
         return None
 
-    def curvatures(self, count: int) -> list[AbstractCurvature]:
-        """Those of the first `count` blocks of `factor`."""
-        return [*self.parts, self.rest][:count]
-
     def _selected(self, model: Model):
         """(indices, where, curvature) of every part, the rest included."""
         pieces = [(selected(model, w), w, c) for w, c in zip(self.wheres, self.parts)]
@@ -131,7 +126,7 @@ class Mixture(AbstractCurvature):
     def factor(self, risk, model):
         return Blocks(
             tuple(
-                Block(i, c.factor(*restrict(risk, model, where)), c.damping)
+                Block(i, c.factor(*restrict(risk, model, where)), c)
                 for i, where, c in self._selected(model)
             )
         )
@@ -146,9 +141,11 @@ class Mixture(AbstractCurvature):
 
 
 class Block(eqx.Module):
+    """Some parameters, the curvature that they have, and that curvature factored."""
+
     indices: Int[np.ndarray, " p"]
     factored: AbstractFactored
-    damping: Any
+    curvature: AbstractCurvature
 
 
 class Blocks(AbstractFactored):
@@ -165,7 +162,9 @@ class Blocks(AbstractFactored):
         found = []
         for block in self.blocks:
             own = block.factored.dampings
-            found.append(jnp.full(block.indices.shape, block.damping) if own is None else own)
+            found.append(
+                jnp.full(block.indices.shape, block.curvature.damping) if own is None else own
+            )
         indices = jnp.concatenate([jnp.asarray(block.indices) for block in self.blocks])
         return jnp.zeros(indices.shape, found[0].dtype).at[indices].set(jnp.concatenate(found))
 

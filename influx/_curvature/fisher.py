@@ -32,6 +32,13 @@ class Fisher(AbstractMatrixCurvature):
     - `"sampled"`: the same expectation over `draws` targets drawn with `key`.
     - `"empirical"`: (1/n) Σ wᵢ gᵢgᵢᵀ at the given targets. It is no approximation of the Hessian
       away from a good fit (Kunstner, Balles & Hennig, arXiv:1905.12558).
+
+    **Raises:** `ValueError` for an unknown kind, `"sampled"` without a key, a loss that is no negative
+    log-likelihood (but for `"empirical"`), a singular matrix, and P² numbers that this machine cannot
+    hold.
+
+    **Cost:** one example gradient a target, O(nKP²) (`"exact"`), O(n·draws·P²) or O(nP²) to build; O(P²)
+    memory, O(P³) to factor.
     """
 
     kind: str = eqx.field(static=True)

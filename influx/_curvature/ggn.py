@@ -17,7 +17,11 @@ class GaussNewton(AbstractMatrixCurvature):
 
     Positive semi-definite for a loss convex in its output, wherever the model is; equal to the
     Hessian for outputs affine in θ, and where the residuals vanish. Never the empirical Fisher.
-    Cost: O(nKP²) to build, O(P²) memory.
+
+    **Raises:** `ValueError` where the matrix is singular (give a damping, or l2 > 0), and where this
+    machine cannot hold P² numbers.
+
+    **Cost:** O(nKP²) to build, O(P²) memory, O(P³) to factor.
 
     **Source:** Schraudolph, "Fast curvature matrix-vector products for second-order gradient
     descent" (2002); Martens, "New insights and perspectives on the natural gradient method",
@@ -44,7 +48,7 @@ class GaussNewton(AbstractMatrixCurvature):
     def newton_steps(self, risk, model, factored, jacobian):
         if jacobian is None:
             return None
-        return woodbury(risk, model, factored, jacobian, self.damping)
+        return woodbury(risk, model, factored, jacobian)
 
 
 def _hessian_product(loss: AbstractLoss, output, target, moved):
@@ -69,9 +73,11 @@ def gauss_newton_matvec(risk, model, middle):
     return matvec
 
 
-def gauss_newton_matrix(risk, model, middle=None):
-    """The dense matrix, `middle(output, target) -> [K, K]` standing for Sᵢ (∇²ℓᵢ by default)."""
-    return _assemble(risk, model, output_jacobian(risk, model), middle or risk.loss.output_hessian)
+def gauss_newton_matrix(risk, model, middle=None, jacobian=None):
+    """The dense matrix, `middle(output, target) -> [K, K]` standing for Sᵢ (∇²ℓᵢ by default), and
+    `jacobian` that of the outputs."""
+    jacobian = output_jacobian(risk, model) if jacobian is None else jacobian
+    return _assemble(risk, model, jacobian, middle or risk.loss.output_hessian)
 
 
 @eqx.filter_jit

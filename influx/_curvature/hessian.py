@@ -14,8 +14,13 @@ class Hessian(AbstractMatrixCurvature):
     """H = ∇²J(θ̂), exactly.
 
     Positive definite at a strict minimum only: anywhere else it is refused. For outputs affine in the
-    parameters it equals the Gauss–Newton matrix and is built as one. Cost: P Hessian-vector products,
-    O(P²) memory, O(P³) to factor; choose it for P up to a few thousand.
+    parameters it equals the Gauss–Newton matrix and is built as one.
+
+    **Raises:** `ValueError` where H + λI is not positive definite, naming its eigenvalue and a damping
+    that would do, and where this machine cannot hold P² numbers.
+
+    **Cost:** P Hessian-vector products, O(P²) memory, O(P³) to factor; choose it for P up to a few
+    thousand.
     """
 
     damping: Scalar = eqx.field(default=0.0, converter=check_damping)
@@ -37,8 +42,8 @@ class Hessian(AbstractMatrixCurvature):
 
     def newton_steps(self, risk, model, factored, jacobian):
         if jacobian is not None and jacobian.affine:
-            return woodbury(risk, model, factored, jacobian, self.damping)
-        return Perturbed(self.damping) if isinstance(factored, AbstractPerturbable) else None
+            return woodbury(risk, model, factored, jacobian)
+        return Perturbed() if isinstance(factored, AbstractPerturbable) else None
 
 
 @eqx.filter_jit

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._chunks import chunk_length, chunked_map, map_blocks, take
-from .._custom_types import Model, Scalar
+from .._custom_types import Model
 from .._gradients import example_gradient, risk_gradient
 from .._jacobian import AbstractJacobian
 from .._linalg import dot, einsum, ravel
@@ -19,8 +19,6 @@ from .base import AbstractFactored, AbstractPerturbable
 class AbstractNewtonSteps(eqx.Module):
     """The Newton steps without single points, what they share made ready once."""
 
-    damping: eqx.AbstractVar[Scalar]
-
     @abc.abstractmethod
     def steps(
         self,
@@ -29,10 +27,8 @@ class AbstractNewtonSteps(eqx.Module):
         factored: AbstractFactored,
         jacobian: AbstractJacobian | None,
         indices: Int[Array, " k"],
-    ) -> tuple[Float[Array, "k P"], Float[Array, " k"]]:
-        """Δθᵢ = −(H₋ᵢ + λI)⁻¹∇J₋ᵢ(θ̂), and a bound on what each leaves of the linearised slope
-        without the point, ‖∇J₋ᵢ(θ̂) + H₋ᵢΔθᵢ‖: the error of the solve, and λ‖Δθᵢ‖. ∇J is taken as
-        computed; its own rounding is for the caller to add."""
+    ) -> Float[Array, "k P"]:
+        """Δθᵢ = −(H₋ᵢ + λI)⁻¹∇J₋ᵢ(θ̂)."""
 
 
 class OutputTerms(eqx.Module):
@@ -83,13 +79,11 @@ class Woodbury(AbstractNewtonSteps):
     For scalar squared loss (S = 1) the middle factor is 1/(1 − hᵢ), hᵢ = (wᵢ/n)Kᵢ. K solves a point.
     """
 
-    damping: Scalar
-
     def steps(self, risk, model, factored, jacobian, indices):
         assert jacobian is not None  # `woodbury` is built with one
         gradient = risk_gradient(risk, model)
         delta = -factored.solve(gradient)
-        solve, matvec = jax.vmap(factored.solve), jax.vmap(factored.matvec)
+        solve = jax.vmap(factored.solve)
 
         def block(places):
             terms = output_terms(risk, model, jacobian, indices[places])
@@ -97,34 +91,20 @@ class Woodbury(AbstractNewtonSteps):
             solved = jax.lax.map(solve, rows)
             leverage = einsum("kap,kbp->kab", rows, solved)
             u = terms.middle(leverage, terms.jacobian.push(delta))
-            steps = delta[None] + einsum("ka,kap->kp", u, solved)
-            kept = matvec(steps) - jnp.asarray(self.damping, steps.dtype) * steps
-            lost = terms.jacobian.pull(terms.slope(terms.jacobian.push_each(steps)))
-            return steps, jnp.linalg.norm(gradient[None] + kept - lost, axis=1)
+            return delta[None] + einsum("ka,kap->kp", u, solved)
 
-        items = (2 * jacobian.outputs + 4) * gradient.size
+        items = (2 * jacobian.outputs + 2) * gradient.size
         return map_blocks(block, indices.size, chunk_length(items, gradient.dtype))
 
 
 class HeldWoodbury(AbstractNewtonSteps):
     r"""As `Woodbury`, with M = (H + λI)⁻¹ held as a matrix, and with it the leverages Kᵢ of a linear
-    head: all steps are then one matrix product.
-
-    What a step leaves of the slope is bounded, not evaluated. With qᵢ = Aᵢᵀuᵢ,
-
-        ∇J₋ᵢ + (H₋ᵢ + λI)Δθᵢ = (∇J + (H + λI)δ₀) + ((H + λI)M − I)qᵢ
-                               + Aᵢᵀ[uᵢ − (wᵢ/n)(rᵢ + Sᵢ(Aᵢδ₀ + Kᵢuᵢ))].
-
-    `columns[i]` is Meᵢ, as solved for; `slack` is the norm of the first term; `defect` bounds
-    ‖(H + λI)M − I‖ and the rounding of Kᵢ and of Mqᵢ.
+    head: all steps are then one matrix product. `columns[i]` is Meᵢ, as solved for.
     """
 
-    damping: Scalar
     columns: Float[Array, "P P"]
     leverage: Float[Array, "n K K"] | None
     delta: Float[Array, " P"]
-    slack: Float[Array, ""]
-    defect: Float[Array, ""]
 
     def steps(self, risk, model, factored, jacobian, indices):
         terms = output_terms(risk, model, jacobian, indices)
@@ -132,22 +112,15 @@ class HeldWoodbury(AbstractNewtonSteps):
             leverage = terms.jacobian.sandwich(self.columns.T)
         else:
             leverage = self.leverage[indices]
-        moved = terms.jacobian.push(self.delta)
-        u = terms.middle(leverage, moved)
-        q = terms.jacobian.pull(u)
+        u = terms.middle(leverage, terms.jacobian.push(self.delta))
         # A barrier, or XLA repeats the product in every kernel that it fuses the sum into.
-        steps = self.delta[None] + jax.lax.optimization_barrier(dot(q, self.columns))
-        left = u - terms.slope(moved + einsum("kab,kb->ka", leverage, u))
-        norm = lambda rows: jnp.linalg.norm(rows, axis=1)
-        bound = self.slack + self.defect * norm(q) + terms.jacobian.norms() * norm(left)
-        return steps, bound + jnp.asarray(self.damping, steps.dtype) * norm(steps)
+        moved = jax.lax.optimization_barrier(dot(terms.jacobian.pull(u), self.columns))
+        return self.delta[None] + moved
 
 
 class Perturbed(AbstractNewtonSteps):
     """Steps where ∇²ℓᵢ has no low rank: one solve with H₋ᵢ = H − (wᵢ/n)∇²ℓᵢ a point. That H₋ᵢ ≻ 0 is
     seen by Cholesky factors; iterative solvers that need it may not notice."""
-
-    damping: Scalar
 
     def steps(self, risk, model, factored, jacobian, indices):
         assert isinstance(factored, AbstractPerturbable)  # `Hessian.newton_steps` has seen to it
@@ -160,15 +133,13 @@ class Perturbed(AbstractNewtonSteps):
             lost = lambda v: -share * jax.jvp(grad, (theta,), (v,))[1]
             slope = gradient - share * grad(theta)
             solved, done = factored.perturbed(lost).try_solve(slope)
-            step = -eqx.error_if(
+            return -eqx.error_if(
                 solved,
                 ~done | ~jnp.all(jnp.isfinite(solved)),
                 "Without one of the training points the Hessian is not positive definite, or the solve "
                 "with it did not converge: there is no Newton step to take. Use GaussNewton(), which "
                 'stays positive definite, more `damping=`, or `removal(f, "first-order")`.',
             )
-            kept = factored.matvec(step) - jnp.asarray(self.damping, step.dtype) * step
-            return step, jnp.linalg.norm(slope + kept + lost(step))
 
         return chunked_map(one, indices, chunk_length(3 * theta.size**2, theta.dtype))
 
@@ -178,32 +149,20 @@ def woodbury(
     model: Model,
     factored: AbstractFactored,
     jacobian: AbstractJacobian,
-    damping: Scalar,
 ) -> AbstractNewtonSteps:
     """`HeldWoodbury` where the curvature is a matrix and P solves are fewer than all rows Aᵢ need."""
     theta, _ = ravel(model)
     rows = jacobian.examples * jacobian.outputs
-    matrix = factored.matrix
-    if matrix is None or theta.size > rows:
-        return Woodbury(damping)
-    return _hold(risk, model, factored, matrix, jacobian, damping)
+    if factored.matrix is None or theta.size > rows:
+        return Woodbury()
+    return _hold(risk, model, factored, jacobian)
 
 
 @eqx.filter_jit
-def _hold(risk, model, factored, matrix, jacobian, damping) -> HeldWoodbury:
+def _hold(risk, model, factored, jacobian) -> HeldWoodbury:
     gradient = risk_gradient(risk, model)
     eye = jnp.eye(gradient.size, dtype=gradient.dtype)
     columns = jax.vmap(factored.solve)(eye)
-    inverse = columns.T
-    delta = -factored.solve(gradient)
-    norm = jnp.linalg.norm
-    rounding = 3 * (gradient.size + 2) * jnp.finfo(eye.dtype).eps * norm(matrix) * norm(inverse)
     fits = chunk_length(jacobian.outputs**2, eye.dtype) >= jacobian.examples
-    return HeldWoodbury(
-        damping,
-        columns,
-        jacobian.sandwich(inverse) if jacobian.closed_form and fits else None,
-        delta,
-        norm(gradient + factored.matvec(delta)),
-        norm(dot(matrix, inverse) - eye) + rounding,
-    )
+    leverage = jacobian.sandwich(columns.T) if jacobian.closed_form and fits else None
+    return HeldWoodbury(columns, leverage, -factored.solve(gradient))

@@ -42,6 +42,9 @@ def diagnose(f: Influence) -> Diagnosis:
     query's gradient in place of gᵢ, the root of that number times max |R̃/R − 1| does. For `CG` with a
     preconditioner the steps of one solve are counted without it as well, up to ten times as many.
 
+    **Raises:** `ValueError` for what is no `Influence`, or inside a trace. What is wrong with the
+    numbers is a finding, not an error.
+
     **Cost:** n solves, and for a dense curvature its eigenvalues, O(P³); for any other 32 points and 32
     directions stand for all, and the figures say so. A preconditioner adds the plain solve, at most that
     of ten others. Under `Unrolled`, 5 to 6 training runs, and n example gradients.

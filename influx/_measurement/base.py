@@ -14,7 +14,7 @@ from .._validate import check_queries
 
 
 class MeasurementConstants(eqx.Module):
-    """Bounds of m as a function of the logits, valid at all logits.
+    """Bounds of m as a function of the model's output, valid at all outputs.
 
     - `lipschitz`: ‖∇m‖₂ is at most this
     - `smoothness`: ‖∇²m‖₂ is at most this
@@ -39,7 +39,7 @@ class AbstractMeasurement(eqx.Module):
 
     @abc.abstractmethod
     def constants(self, risk: EmpiricalRisk, model: Model) -> MeasurementConstants:
-        """Bounds in logit space; `ValueError` where none are known."""
+        """Bounds as a function of the output; `ValueError` where none are known."""
 
     def gradient(
         self, risk: EmpiricalRisk, model: Model, query: PyTree[Array]

@@ -64,11 +64,8 @@ class AbstractResponse(eqx.Module):
         """Raise `ValueError` where `displace` is not defined."""
 
     @abc.abstractmethod
-    def newton_steps(
-        self, indices: Int[Array, " b"]
-    ) -> tuple[Float[Array, "b P"], Float[Array, " b"]]:
-        """`displace(indices)`, and for each a bound on ‖∇J₋ᵢ(θ̂) + H₋ᵢΔθᵢ‖ (H undamped), what the step
-        leaves of the slope to first order."""
+    def displace(self, indices: Int[Array, " b"]) -> Float[Array, "b P"]:
+        """Δθᵢ = −H₋ᵢ⁻¹∇J₋ᵢ(θ̂): one Newton step without point i, from θ̂ (P10)."""
 
     @abc.abstractmethod
     def check_path(self) -> None:
@@ -81,7 +78,3 @@ class AbstractResponse(eqx.Module):
     @abc.abstractmethod
     def settle(self) -> Float[Array, " P"]:
         """δ₀ = −H⁻¹∇J(θ̂): the Newton step with every point kept; 0 at a stationary point."""
-
-    def displace(self, indices: Int[Array, " b"]) -> Float[Array, "b P"]:
-        """Δθᵢ = −H₋ᵢ⁻¹∇J₋ᵢ(θ̂): one Newton step without point i, from θ̂ (P10)."""
-        return self.newton_steps(indices)[0]

@@ -83,8 +83,8 @@ class Implicit(AbstractResponse):
                 '"first-order")`.'
             )
 
-    def newton_steps(self, indices):
-        return _newton_steps(self, indices)
+    def displace(self, indices):
+        return _displace(self, indices)
 
     def check_path(self):
         pass
@@ -121,7 +121,7 @@ def implicit_response(response: AbstractResponse, verb: str) -> Implicit:
 
 
 @eqx.filter_jit
-def _newton_steps(response: Implicit, indices):
+def _displace(response: Implicit, indices):
     assert response.newton is not None  # `check_displace` has seen to it
     parts = response.risk, response.model, response.factored, response.jacobian
     return response.newton.steps(*parts, indices)

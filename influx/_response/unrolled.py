@@ -142,7 +142,7 @@ class TrainingRun(AbstractResponse):
             "a curvature at the trained model: `influence(risk, f.model, GaussNewton())`."
         )
 
-    def newton_steps(self, indices):
+    def displace(self, indices):
         return self.check_displace()
 
     def check_path(self):

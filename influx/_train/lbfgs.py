@@ -35,6 +35,9 @@ class LBFGS(AbstractTrainer):
     - `max_steps`: evaluations of J, those of the line search included.
     - `history`: how many past steps approximate the curvature.
 
+    **Raises:** `ValueError` for a tolerance that is out of reach in the parameters' arithmetic (what
+    calls the trainer raises a `RuntimeError` where it is not reached).
+
     **Source:** Byrd, Nocedal & Schnabel, "Representations of quasi-Newton matrices and their use in
     limited memory methods" (1994).
     """

@@ -56,6 +56,9 @@ class Newton(AbstractTrainer):
     Retrainings from a fitted model (`leave_one_out`) first share *one* inverse Hessian; only those
     that this does not finish take steps with their own.
 
+    **Raises:** `ValueError` for a tolerance that is out of reach in the parameters' arithmetic (what
+    calls the trainer raises a `RuntimeError` where it is not reached).
+
     **Source:** Li, Fukushima, Qi & Yamashita, "Regularized Newton Methods for Convex Minimization
     Problems with Singular Solutions" (2004).
     """

@@ -36,7 +36,9 @@ class SGD(AbstractTrainer):
     **Arguments:** `optimiser`: an optax gradient transformation, for the model's parameters as a
     pytree; `batch_size`: B ≤ n.
 
-    A run has no tolerance: it counts as converged where its parameters are finite. Reverse-mode
+    A run has no tolerance: it counts as converged where its parameters are finite.
+
+    **Cost:** E epochs take ⌊n/B⌋·B example gradients each. Reverse-mode
     derivatives of a run keep the parameters of E + n/B steps, not of all E·n/B, and compute the
     gradients twice more.
 

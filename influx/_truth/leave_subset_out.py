@@ -35,6 +35,8 @@ def leave_subset_out(
 
     **Raises:** `ValueError` for masks of another shape or below 0; `RuntimeError` naming the
     trainings that did not converge.
+
+    **Cost:** k trainings, as many at a time in one program as memory holds.
     """
     require_concrete("leave_subset_out", risk, model0)
     validate(risk, model0)

@@ -51,6 +51,8 @@ def pbrf(
     **Raises:** `ValueError` for indices out of range; `RuntimeError` naming the responses that were
     not reached (a larger `damping` makes the objective more convex).
 
+    **Cost:** a minimisation by `Newton` per point, many at a time in one program.
+
     **Source:** Bae, Ng, Lo, Ghassemi & Grosse, "If Influence Functions are the Answer, Then What is the
     Question?", arXiv:2209.05364.
     """
