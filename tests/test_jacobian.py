@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import influx as ix
 from influx._jacobian import HeadJacobian, OutputJacobian, is_affine, output_jacobian
 from influx._linalg import ravel
 from tests.helpers import problem
@@ -61,6 +62,25 @@ def test_products_are_those_of_the_dense_array(pair):
     assert got.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_allclose(got[name], array, rtol=1e-10, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["head", "general"])
+@pytest.mark.parametrize("apart", [1.0, 2.0**30])
+def test_an_energy_that_nearly_vanishes_is_not_below_the_truth(kind, apart):
+    """Features (apart + ξ, apart − ξ) at v = (1, −1): Σ s (2ξ)², in whole numbers of 2⁻⁶."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        xi = rng.integers(-64, 65, 8) / 64
+        X, s = np.stack([apart + xi, apart - xi], axis=1), rng.integers(1, 5, 8).astype(float)
+        layer = eqx.nn.Linear(2, 1, use_bias=False, key=jax.random.key(0))
+        risk = ix.EmpiricalRisk((X, np.zeros((8, 1))), ix.SquaredError(), l2=0.1)
+        jacobian = output_jacobian(risk, layer)
+        if kind == "general":
+            jacobian = OutputJacobian(risk, layer, risk.data[0])
+        exact = np.sum(s * np.square(2 * xi))
+        found = float(jacobian.energy(jnp.asarray(s))(jnp.asarray([[1.0, -1.0]]))[0])
+        assert exact <= found
+        assert apart > 1 or found <= exact * (1 + 1e-12) + 1e-12
 
 
 def test_norms_bound_the_spectral_norm(pair):

@@ -208,7 +208,7 @@ def test_what_cannot_be_answered_is_refused_by_name():
         (jnp.zeros((many, 1)), jnp.zeros(many, int)), ix.SoftmaxCrossEntropy(), l2=1e-2
     )
     head = eqx.nn.Linear(1, 2, key=jr.key(0))
-    with pytest.raises(ValueError, match="2,000,000 training points pairwise.*fewer points"):
+    with pytest.raises(ValueError, match=r"2,000,000 training points pairwise.*fewer points"):
         ix.find_mislabelled(crowd, head)
     with pytest.raises(ValueError, match="Call it outside"):
         jax.jit(lambda x: ix.find_mislabelled(risk, x).score)(linear_model())

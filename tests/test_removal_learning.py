@@ -331,7 +331,7 @@ def test_train_with_removal_refuses(change, words):
 def test_fewer_points_than_a_batch_are_refused_by_name():
     weights = jnp.zeros(80).at[:5].set(1)
     risk = ix.EmpiricalRisk(data(80, 0), ix.SoftmaxCrossEntropy(), l2=1e-3, weights=weights)
-    with pytest.raises(ValueError, match="only 5 training points .* batch_size=5"):
+    with pytest.raises(ValueError, match=r"only 5 training points .* batch_size=5"):
         ix.train_with_removal(risk, network(), trainer(), heldout=data(40, 1), head=HEAD)
 
 

@@ -1,11 +1,14 @@
 """`diagnose` names the cause, and `testing.check` breaks on a broken loss."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import scipy.optimize
 
 import influx as ix
 from influx._certify.affine import affine
@@ -430,6 +433,55 @@ def test_the_bound_on_rounding_follows_to_where_the_loss_bends():
     got = np.asarray(risk_gradient(f.risk, rebuild(at)))
     error = np.linalg.norm(got - long_gradient(np.asarray(at), x, y, 1e-2, offset))
     assert 1e-12 < error <= float(gradient_rounding(f)(jnp.asarray(step)[None])[0])
+
+
+@pytest.mark.parametrize("K", [1, 40])
+def test_a_gradient_that_is_summed_over_outputs_is_enclosed(K):
+    """One term of size 1, and nK − 1 that are each nearly lost when they are added to it: outputs θ₀aᵢ
+    of no head, squared error, whose gradient is a sum of products."""
+    n, small = 30, 2.0**-30
+    a, y = np.full((n, K), small), np.full((n, K), 0.98 * 2.0**-53 / small)
+    a[0, 0], y[0, 0] = 2.0**-12, 2.0**12
+    predict = lambda m, x: x * m[0] + 0 * x * (m[1] + m[2])
+    risk = ix.EmpiricalRisk((a, y), ix.SquaredError(), l2=1.0, predict=predict)
+    f = affine(ix.influence(risk, jnp.zeros(3)))
+    got = float(risk_gradient(f.risk, f.model)[0])
+    error = abs(got + math.fsum((a * y).ravel()) / n)
+    assert error <= float(gradient_rounding(f)(jnp.zeros((1, 3)))[0])
+    assert K == 1 or error > (n + K) * 2.0**-53 / n  # what a sum over examples alone would lose
+
+
+@pytest.mark.parametrize("size", [1e9, 1e16])
+def test_a_mean_whose_parts_cancel_is_enclosed(size):
+    """Logits at inputs (B, ε, ε, −B): their mean is affine, and its slope 2ε/4."""
+    x, y = np.array([1.0, 1.0, -2.0, -2.0, 3.0]), np.array([0, 1, 0, 1, 1])
+    risk = ix.EmpiricalRisk((x[:, None], y[:, None]), ix.BinaryCrossEntropy(), l2=0.5)
+    layer = eqx.nn.Linear(1, 1, use_bias=False, key=jr.key(0))
+    at = lambda t: eqx.tree_at(lambda m: m.weight, layer, jnp.full((1, 1), t))
+    slope = lambda t, w: np.mean(w * (1 / (1 + np.exp(-t * x)) - y) * x) + 0.5 * t
+    whole = scipy.optimize.brentq(lambda t: slope(t, np.ones(5)), -1, 1, xtol=1e-15)
+    queries = np.array([size, *2 * [0.4 * np.spacing(size)], -size])
+    truth = 2 * queries[1] / 4 * (0 - whole)  # without the last point the minimum is at 0
+    f = ix.classification(ix.influence(risk, at(0.0)), "logit", class_=1)
+    labels = jnp.zeros((4, 1), int)
+    got = ix.certify(f, (queries[:, None], labels), indices=jnp.array([4]), mean=True)
+    assert float(got.lower[0]) <= truth <= float(got.upper[0])
+    assert not bool(got.certified[0])
+
+
+def test_a_step_along_which_features_cancel_is_enclosed_without_a_pass():
+    """Tier 2 where the third derivative's form is all rounding: logits of inputs (B + ξ, B − ξ)."""
+    rng = np.random.default_rng(2)
+    xi = np.round(64 * rng.normal(size=8)) / 256
+    x, y = np.stack([1e9 + xi, 1e9 - xi], axis=1), np.array([0, *7 * [1]])
+    weights = np.array([2.0**-18, *7 * [1.0]])
+    layer = eqx.nn.Linear(2, 1, use_bias=False, key=jr.key(0))
+    away = eqx.tree_at(lambda m: m.weight, layer, jnp.array([[1 + 1e-8, -1 + 1e-8]]))
+    loss = ix.BinaryCrossEntropy()
+    risk = ix.EmpiricalRisk((x, y[:, None]), loss, l2=1.0, weights=weights)
+    got = ix.certify(ix.influence(risk, away), tier=2)
+    assert bool(jnp.all(got.radius > 0))
+    assert bool(jnp.all(got.lower <= got.upper))
 
 
 def test_a_common_offset_of_the_logits_is_enclosed():
