@@ -6,7 +6,7 @@ STATEMENT
     (a) At a stationary point Δθᵢ = (wᵢ/n) H₋ᵢ⁻¹gᵢ. Anywhere, with ∇ℓᵢ = Aᵢᵀrᵢ, ∇²ℓᵢ = AᵢᵀSᵢAᵢ
         (outputs affine in θ) and δ₀ = −H⁻¹∇J(θ̂),
             Δθᵢ = δ₀ + (wᵢ/n) H⁻¹Aᵢᵀ (I − (wᵢ/n) SᵢAᵢH⁻¹Aᵢᵀ)⁻¹ (rᵢ + SᵢAᵢδ₀).
-    (b) If J is quadratic, θ̂ + Δθᵢ = θ̂₋ᵢ. For scalar squared loss and m linear in θ,
+    (b) If J₋ᵢ is quadratic, θ̂ + Δθᵢ = θ̂₋ᵢ. For scalar squared loss and m linear in θ,
             m(θ̂₋ᵢ) − m(θ̂) = −wᵢ I(i; m)/(n (1 − hᵢ)),   hᵢ = (wᵢ/n) aᵢᵀH⁻¹aᵢ < 1 the leverage, aᵢ
             = ∂outputᵢ/∂θ.
     (c) If ∇²J₋ᵢ is L-Lipschitz on the segment between θ̂ and θ̂₋ᵢ, ‖θ̂ + Δθᵢ − θ̂₋ᵢ‖ ≤ (L/2)
@@ -119,7 +119,10 @@ def leverage(problem, subject) -> dict[str, float]:
     g = oracle.gradients(problem, problem.theta)
     influence = -v @ np.linalg.solve(oracle.curvature(problem), g.T)
     want = -problem.w * influence / (problem.n * (1 - h))
-    return {"leverage": gap(subject.linear(problem, v), want), "h < 1": above(h, 1.0)}
+    return {
+        "leverage": gap(subject.linear(problem, v), want),
+        "h < 1": 0.0 if np.all(h < 1) else np.inf,
+    }
 
 
 def retraining(problem, subject) -> dict[str, float]:

@@ -7,8 +7,8 @@ STATEMENT
     (b) For hard labels, logits z affine in θ, and l2 > 0 on every parameter: μ = min l2. With A =
         ∂z/∂θ and J = ‖A‖₂ (= ‖x̃‖ for a linear layer, the bias' 1 included):
             ‖∇γ‖, ‖∇CE‖ ≤ √2 J,   ‖∇p_c‖ ≤ (√2/4) J,   β ≤ ½J² for CE, γ and every p_c.
-    (c) Third derivative: |D³ logsumexp(z)[u, u, v]| ≤ √(2/27) ‖u‖²‖v‖, which is attained. For a
-        sigmoid, |σ''| ≤ 1/(6√3).
+    (c) Third derivative: |D³ logsumexp(z)[u, u, v]| ≤ √(2/27) ‖u‖²‖v‖, which is attained for
+        two classes. For a sigmoid, |σ''| ≤ 1/(6√3).
     (d) Tier 2. For any Δ and θ̃ = θ̂ + Δ, t the constant of (c), no pass over the data per point:
             r ≤ (‖∇J₋ᵢ(θ̂) + H₋ᵢΔ‖ + ½ Δᵀ[(t/n) Σⱼ wⱼ‖Aⱼ‖AⱼᵀAⱼ]Δ)/μ.
         For Δ = (wᵢ/n)H₋ᵢ⁻¹gᵢ the first norm is at most ‖∇J(θ̂)‖ plus the residual of the solve,
@@ -16,8 +16,9 @@ STATEMENT
         wⱼ‖x̃ⱼ‖x̃ⱼx̃ⱼᵀ.
     (e) The upper end of γᵢ(θ̂₋ᵢ) may be lowered to γᵢ(θ̂) where wᵢ > 0 and labels are hard. A label is
         certified where the enclosures of γᵢ(θ̂) and γᵢ(θ̂₋ᵢ) decide it.
-    (f) (b) and (c) hold for smoothed labels as they are; times the largest class weight; for several
-        yes/no outputs at once; and for a loss summed over T positions, ‖∇CE‖ ≤ √(2T) J.
+    (f) (b) and (c) hold for smoothed labels as they are, and times the largest class weight. For K
+        yes/no outputs at once ‖∇CE‖ ≤ √K J, β ≤ ¼J², |σ''| as in (c); for a loss summed over T
+        positions, ‖∇CE‖ ≤ √(2T) J.
     (g) Renormalised removal, the weights of the others grown by a factor s ≥ 1: J₋ᵢ(·, sw) is min
         l2-strongly convex as well, so that (a) encloses its minimiser. (d) and (e) are about erasing.
 
@@ -70,11 +71,12 @@ PROOF
 CHECK
     (a) for drawn θ̃, also along the direction where (a) is an equality (softmax: the same vector
         added to
-    every class, in which J₋ᵢ is exactly quadratic with curvature l2). `certify`, at θ̂ and away from
-    it, contains own retraining: margins at tiers 1 and 2, changes of margin and probabilities at
-    tier 1, of loss and mean loss at tier 2; certified labels and signs are the true ones. (b), (c):
-    the library's constants at random and extreme logits, against hand-written derivatives; those of
-    (f), (g), and refined steps, in the project's tests.
+    every class, in which J₋ᵢ is exactly quadratic with curvature l2): the library's error bound of m
+    for ½‖θ − θ̃‖² and for a linear m. `certify`, at θ̂ and away from it, contains own retraining: θ̂₋ᵢ
+    within its radius of a Newton step taken here, margins at tiers 1 and 2, changes of margin and
+    probabilities at tier 1, of loss and mean loss at tier 2; certified labels and signs are the true
+    ones. (b), (c): the library's constants at random and extreme logits, against hand-written
+    derivatives; those of (f), (g), and refined steps, in the project's tests.
 
 SOURCE
     Strong convexity: Y. Nesterov, "Introductory lectures on convex optimization" (2004). C. Guo,
@@ -87,9 +89,11 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import influx as ix
+from influx._certify.ball import Ball
 from influx._measurement import Loss, Margin, Probability
 
 from . import _library as library
@@ -116,12 +120,20 @@ def certificate(problem, kind: str, tier: int) -> SimpleNamespace:
         upper=np.asarray(found.upper),
         certified=np.asarray(found.certified),
         label=None if found.label is None else np.asarray(found.label),
+        radius=np.asarray(found.radius),
     )
 
 
 def radius(slope: float, mu: float) -> float:
     """(a)."""
     return slope / mu
+
+
+def error(slope: float, smoothness: float, r: float) -> float:
+    """How far the library says that m can be from its value at θ̃ within r of it."""
+    zero, infinite = jnp.zeros(()), jnp.full((), jnp.inf)
+    m = Ball(zero, jnp.asarray(slope), infinite, jnp.asarray(smoothness), zero)
+    return float(m.error(jnp.asarray(r)))
 
 
 def constants(family) -> dict[str, float]:
@@ -141,10 +153,11 @@ def constants(family) -> dict[str, float]:
 class Subject:
     certificate: Callable
     radius: Callable
+    error: Callable
     constants: Callable
 
 
-SUBJECT = Subject(certificate, radius, constants)
+SUBJECT = Subject(certificate, radius, error, constants)
 
 
 def check(problem, subject) -> dict[str, float]:
@@ -185,7 +198,14 @@ def distance(problem, subject) -> dict[str, float]:
         far.append(np.linalg.norm(step))
         slope = np.linalg.norm(oracle.gradient(problem, truth + step, w))
         radii.append(subject.radius(slope, mu))
-    return {"any θ̃": max(above(f, r, slack=1e-9) for f, r in zip(far, radii))}
+    # m = ½‖θ − θ̃‖² has slope 0 and β = 1, m = uᵀ(θ − θ̃) along the way a slope of 1 and β = 0.
+    bent = [subject.error(0.0, 1.0, r) for r in radii]
+    straight = [subject.error(1.0, 0.0, r) for r in radii]
+    return {
+        "any θ̃": max(above(f, r, slack=1e-9) for f, r in zip(far, radii)),
+        "any θ̃, a bent m": max(above(f**2 / 2, e, slack=1e-9) for f, e in zip(far, bent)),
+        "any θ̃, a straight m": max(above(f, e, slack=1e-9) for f, e in zip(far, straight)),
+    }
 
 
 def enclosed(problem, truth, subject, tier: int) -> dict[str, float]:
@@ -198,7 +218,11 @@ def enclosed(problem, truth, subject, tier: int) -> dict[str, float]:
     found = subject.certificate(problem, "own", tier)
     label = np.where(margin <= 0, NOT_FITTED, np.where(margin_without <= 0, MEMORIZED, GENERALIZED))
     # Enclosures are compared to a truth that is itself known to about 1e-12.
+    reached = problem.theta + np.array([newton_step(problem, i) for i in range(problem.n)])
     errors = {
+        "radius": above(
+            np.linalg.norm(each - reached, axis=1), found.radius, slack=1e-11, size=1.0
+        ),
         "own margin": inside(margin_without, found),
         "label": 0.0 if (found.label == label)[found.certified].all() else np.inf,
     }
@@ -211,6 +235,13 @@ def enclosed(problem, truth, subject, tier: int) -> dict[str, float]:
         sign = np.where(found.lower > 0, 1.0, -1.0)
         errors[f"{kind}, sign"] = above((-sign * change.reshape(sign.shape))[found.certified], 0.0)
     return errors
+
+
+def newton_step(problem, i: int) -> np.ndarray:
+    w = without(problem, i)
+    H = oracle.hessian(problem, problem.theta, w)
+    H = H + problem.damping * np.eye(problem.theta.size)
+    return -np.linalg.solve(H, oracle.gradient(problem, problem.theta, w))
 
 
 def inside(truth, found) -> float:
@@ -310,7 +341,18 @@ def classes_rotated(problem, kind, tier):
     )
 
 
+def stiffest(problem, kind, tier):
+    """The radius of a μ that is the largest l2."""
+    found = certificate(problem, kind, tier)
+    ratio = problem.l2.min() / problem.l2.max()
+    return SimpleNamespace(**{**vars(found), "radius": ratio * found.radius})
+
+
 MUTANTS = {
+    "μ = max l2": replace(SUBJECT, certificate=stiffest),
+    "no ½βr²": replace(SUBJECT, error=lambda slope, beta, r: error(slope, 0.0, r)),
+    "βr² by ¼": replace(SUBJECT, error=lambda slope, beta, r: error(slope, beta / 2, r)),
+    "slope ignored": replace(SUBJECT, error=lambda slope, beta, r: error(0.0, beta, r)),
     "no radius": replace(SUBJECT, certificate=narrowed),
     "sign of the change": replace(SUBJECT, certificate=opposite),
     "certified everywhere": replace(SUBJECT, certificate=everything_certified),

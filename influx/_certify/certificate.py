@@ -82,8 +82,8 @@ def certify(
       them decides most signs of a held-out change.
     - `renormalise`: the truth is training where the *other* points take over the weight of the removed
       one, wⱼ·W/(W − wᵢ) with W = Σw, so that equal weights of 1 give the mean over n − 1 points. By
-      default the point is erased: 1/n stays. Tier 1 only. It is the removal whose first order is
-      `value(f, heldout).value_centred`.
+      default the point is erased: 1/n stays. Tier 1 only. It is the removal whose first order is wᵢ/n
+      times `value(f, heldout).value_centred`, for weights that sum to n.
 
     Rounding is enclosed as well: a term for the slope in every radius, and one for m itself. What the
     model's program computes of A and b in its outputs Aθ + b, from data and frozen layers, counts as
