@@ -49,7 +49,8 @@ def memorization(f: Influence, step: Literal["first-order", "newton"] = "newton"
     A label is about the point, given the others; whether the point helps the others is its `value`.
 
     **Arguments:** `step`: how γᵢ(θ̂₋ᵢ) is predicted. `"newton"`: evaluated after one Newton step
-    without the point (Hessian or GaussNewton). `"first-order"`: γᵢ(θ̂) − wᵢ I(i; γᵢ)/n, any curvature.
+    without the point, γᵢ(θ̂) + γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), δ₀ being 0 at a minimum (Hessian or
+    GaussNewton). `"first-order"`: γᵢ(θ̂) − wᵢ I(i; γᵢ)/n, any curvature.
 
     **Raises:** `ValueError` for an unknown step, a loss without classes, or "newton" with a curvature
     that does not know one point's share. Measurement, scale and effect of `f` play no part.

@@ -75,8 +75,8 @@ def certify(
     - `queries`: what is measured by `f`'s measurement; `None`: each point's own margin.
     - `indices`: the training points concerned; all by default.
     - `tier`: 1 evaluates ∇J₋ᵢ(θ̃ᵢ), n example gradients per point. 2 bounds it through the third
-      derivative, ‖∇J₋ᵢ(θ̃)‖ ≤ ‖∇J₋ᵢ(θ̂) + H₋ᵢΔᵢ‖ + ½ Δᵢᵀ [(t/n) Σ wⱼ‖Aⱼ‖AⱼᵀAⱼ] Δᵢ: no pass over the
-      data per point, and wider.
+      derivative, ‖∇J₋ᵢ(θ̃)‖ ≤ ‖∇J₋ᵢ(θ̂) + H₋ᵢΔᵢ‖ + ½ Δᵢᵀ [(t/n) Σ wⱼ‖Aⱼ‖AⱼᵀAⱼ] Δᵢ: products with two
+      matrices per point in place of a pass over the data, and wider.
     - `mean`: enclose the mean over the queries, as one measurement.
     - `refine`: further chord steps θ̃ ← θ̃ − H⁻¹∇J₋ᵢ(θ̃), one gradient each (tier 1 only). One of
       them decides most signs of a held-out change.
@@ -94,8 +94,9 @@ def certify(
     of them, the arithmetic is float64, the loss and measurement have known bounds, and the curvature
     is a Hessian or Gauss–Newton matrix.
 
-    **Cost:** one Newton step per point, and at tier 1 (1 + refine) gradients of J₋ᵢ, none of them
-    through frozen layers. A and b are held: n·d numbers for a linear head on d features, else n·K·P.
+    **Cost:** one Newton step per point. Tier 1: (1 + refine) gradients of J₋ᵢ, none of them through
+    frozen layers. Tier 2: H once more, and O(P²) a point; behind `CG` a product with H, which is a pass
+    over the data. A and b are held: n·d numbers for a linear head on d features, else n·K·P.
 
     **Source:** the strong-convexity bound is classical; for certified removal see Guo, Goldstein,
     Hannun & van der Maaten, arXiv:1911.03030. Tiers and constants are this project's (P11).

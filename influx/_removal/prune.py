@@ -155,8 +155,8 @@ def prune(
     ρ = actual/predicted as in trust-region methods, the step is
 
     - *accepted* where the prediction is a fall, ρ ≥ `trust`, and the fall is more than its standard
-      error; k doubles where |ρ − 1| ≤ ¼;
-    - *refused* otherwise, by name: the points return, and k is halved.
+      error; k doubles where all k were taken and |ρ − 1| ≤ ¼;
+    - *refused* otherwise, by name: the points return, and the next step tries half as many.
 
     It ends where nothing harmful is left, the budget or the rounds are spent, or a single point was
     refused.

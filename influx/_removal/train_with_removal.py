@@ -120,13 +120,13 @@ def train_with_removal(
     After `warmup` plain epochs, and then every `every` epochs, all points are valued: `head` is refitted
     by least squares on its features, which gives each point's *margin without it* (its label's score
     minus the best other one's: 1 where the fit is exact) and its *value* (the influence on the mean
-    score that held-out points give to their labels) exactly, at the cost of a d × d inverse. Both are
-    averaged with those of earlier valuations, half and half. A point is
+    score that held-out points give to their labels), exactly for a ridge that stays what it is, at the
+    cost of a d × d inverse. Both are averaged with those of earlier valuations, half and half. A point is
 
     - *harmful*, and not trained on, where the margin without it is below −0.15, or is below 0 and its
       value is not positive: the others contradict its label, and held-out data do not need it;
-    - *explained* where that margin exceeds 0.4: a quarter of these, drawn anew, are trained on in
-      an epoch.
+    - *explained* where that margin exceeds 0.4: each is trained on with a chance of a quarter, drawn
+      anew for an epoch.
 
     Every valuation judges all points again, so that removed ones may return; the head is refitted on
     those that it does not contradict. Mini-batches are full ones of the trainer's size, of the points
