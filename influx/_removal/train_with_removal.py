@@ -121,7 +121,8 @@ def train_with_removal(
     by least squares on its features, which gives each point's *margin without it* (its label's score
     minus the best other one's: 1 where the fit is exact) and its *value* (the influence on the mean
     score that held-out points give to their labels), exactly for a ridge that stays what it is, at the
-    cost of a d × d inverse. Both are averaged with those of earlier valuations, half and half. A point is
+    cost of a d × d inverse. Both are averaged with those of earlier valuations, half and half. A point
+    is
 
     - *harmful*, and not trained on, where the margin without it is below −0.15, or is below 0 and its
       value is not positive: the others contradict its label, and held-out data do not need it;
