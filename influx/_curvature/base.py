@@ -1,5 +1,6 @@
 import abc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -146,23 +147,23 @@ class Factored(AbstractPerturbable):
         return Factored(lx.TaggedLinearOperator(self.operator + added, tags), solver)
 
 
-def damped_product(
-    curvature: "AbstractCurvature",
-    risk: EmpiricalRisk,
-    model: Model,
-    added: Callable[[Array], Array] | None,
-) -> Callable[[Array], Array]:
-    """The map v ↦ (H + λI) v, and what is `added` to it."""
-    product = curvature.matvec(risk, model)
-    damped = lambda v: product(v) + jnp.asarray(curvature.damping, v.dtype) * v
-    return damped if added is None else lambda v: damped(v) + added(v)
+class Damped(eqx.Module):
+    """H + λI of a curvature by its products, and a matrix `added` on top, if any."""
 
+    risk: EmpiricalRisk
+    model: Model
+    curvature: "AbstractCurvature"
+    added: Callable[[Array], Array] | None = None
 
-def both(
-    first: Callable[[Array], Array] | None, second: Callable[[Array], Array]
-) -> Callable[[Array], Array]:
-    """The sum of two matrices by their products, the first of which may be none."""
-    return second if first is None else lambda v: first(v) + second(v)
+    @property
+    def matvec(self) -> Callable[[Array], Array]:
+        product, added = self.curvature.matvec(self.risk, self.model), self.added
+        damped = lambda v: product(v) + jnp.asarray(self.curvature.damping, v.dtype) * v
+        return damped if added is None else lambda v: damped(v) + added(v)
+
+    def plus(self, matvec: Callable[[Array], Array]) -> "Damped":
+        before = self.added
+        return replace(self, added=matvec if before is None else lambda v: before(v) + matvec(v))
 
 
 def symmetric(matrix: Float[Array, "P P"]) -> lx.MatrixLinearOperator:

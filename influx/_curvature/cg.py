@@ -7,7 +7,7 @@ import optimistix as optx
 from .._checks import is_concrete
 from .._custom_types import Model, Scalar
 from .._risk import EmpiricalRisk
-from .base import AbstractCurvature, AbstractFactored
+from .base import AbstractCurvature, AbstractFactored, Damped
 from .iterative import AbstractIterative, Iterative, extreme_ritz_values
 from .kfac import AbstractKroneckerFactored
 from .subspace import check_finite, is_negative
@@ -91,7 +91,7 @@ class CG(AbstractIterative):
         rtol, steps = self.limits(model)
         # Half the tolerance by the recurrence, so that the true residual meets the whole of it.
         solver = lx.CG(rtol=0.0, atol=rtol / 2, norm=optx.rms_norm, max_steps=steps)
-        factored = Iterative(risk, model, self.curvature, solver, _UNIT, tolerance=rtol)
+        factored = Iterative(Damped(risk, model, self.curvature), solver, _UNIT, tolerance=rtol)
         if is_concrete((risk, model)):
             _check_definite(factored)
         if self.preconditioner is None:
@@ -135,7 +135,7 @@ def _check_positive(preconditioner: AbstractCurvature, least, largest) -> None:
 
 
 def _check_definite(factored: Iterative) -> None:
-    least, largest = extreme_ritz_values(factored, factored.model)
+    least, largest = extreme_ritz_values(factored, factored.damped.model)
     check_finite(jnp.stack([least, largest]))
     low, high = float(least), float(largest)
     if is_negative(least, largest):

@@ -13,17 +13,9 @@ from jaxtyping import Array
 from .._checks import check_whole, is_real
 from .._custom_types import Model
 from .._linalg import ravel
-from .._risk import EmpiricalRisk
 from .._solver.bounds import ritz_values
 from .._solver.minres import MINRES as MinresSolver
-from .base import (
-    AbstractCurvature,
-    AbstractFactored,
-    AbstractPerturbable,
-    AbstractWrapped,
-    both,
-    damped_product,
-)
+from .base import AbstractFactored, AbstractPerturbable, AbstractWrapped, Damped
 
 
 def _checked_rtol(rtol: Any) -> float | None:
@@ -71,12 +63,11 @@ class MINRES(AbstractIterative):
     def factor(self, risk, model):
         rtol, steps = self.limits(model)
         solver = MinresSolver(rtol=0.0, atol=rtol, max_steps=steps)
-        return Iterative(risk, model, self.curvature, solver)
+        return Iterative(Damped(risk, model, self.curvature), solver)
 
 
 class Iterative(AbstractPerturbable):
-    """H + λI behind its products, and a lineax solver, which sees it `unit` times larger. `added` is a
-    matrix on top of it, if any.
+    """H + λI behind its products, and a lineax solver, which sees it `unit` times larger.
 
     The solver sees v scaled to entries of size 1, so that its absolute tolerance is relative to v.
     lineax's own `rtol` is relative to each entry of v by itself, which no step can meet where v has
@@ -84,14 +75,11 @@ class Iterative(AbstractPerturbable):
     product has to confirm.
     """
 
-    risk: EmpiricalRisk
-    model: Model
-    curvature: AbstractCurvature
+    damped: Damped
     solver: lx.AbstractLinearSolver
     unit: float = 1.0
     tolerance: float | None = None
     preconditioner: AbstractFactored | None = None
-    added: Callable[[Array], Array] | None = None
 
     @property
     def matrix(self):
@@ -99,7 +87,7 @@ class Iterative(AbstractPerturbable):
 
     @property
     def matvec(self):
-        return damped_product(self.curvature, self.risk, self.model, self.added)
+        return self.damped.matvec
 
     def try_solve(self, v):
         x, converged, _ = self.counted_solve(v)
@@ -131,7 +119,7 @@ class Iterative(AbstractPerturbable):
         return eqx.tree_at(where, self, (None, max_steps), is_leaf=lambda x: x is None)
 
     def perturbed(self, matvec):
-        return replace(self, added=both(self.added, matvec))
+        return replace(self, damped=self.damped.plus(matvec))
 
 
 def _definite(matvec: Callable[[Array], Array], like: Array) -> lx.AbstractLinearOperator:

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from .._checks import is_concrete
 from .._solver.neumann import Neumann as NeumannSolver
 from .._solver.neumann import safe_step
+from .base import Damped
 from .iterative import AbstractIterative, Iterative, extreme_ritz_values
 from .subspace import check_finite, is_negative
 
@@ -41,13 +42,13 @@ class Neumann(AbstractIterative):
 
     def factor(self, risk, model):
         rtol, _ = self.limits(model)
-        parts = risk, model, self.curvature
-        unmeasured = Iterative(*parts, NeumannSolver(0.0, rtol, self.max_steps))
+        damped = Damped(risk, model, self.curvature)
+        unmeasured = Iterative(damped, NeumannSolver(0.0, rtol, self.max_steps))
         low, high = extreme_ritz_values(unmeasured, model)
         if is_concrete((low, high)):
             _check_positive(low, high)
         solver = NeumannSolver(0.0, rtol, self.max_steps, safe_step(high))
-        return Iterative(*parts, solver)
+        return Iterative(damped, solver)
 
 
 def _check_positive(least, largest) -> None:

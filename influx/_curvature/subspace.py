@@ -12,13 +12,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._checks import check_key, is_concrete
 from .._custom_types import Model
 from .._linalg import dot, products, ravel
-from .._risk import EmpiricalRisk
 from .base import (
     AbstractCurvature,
     AbstractFactored,
     AbstractPerturbable,
-    both,
-    damped_product,
+    Damped,
     factor_matrix,
 )
 
@@ -116,12 +114,9 @@ class Galerkin(AbstractPerturbable):
     outside is dropped.
     """
 
-    risk: EmpiricalRisk
-    model: Model
-    curvature: AbstractCurvature
+    damped: Damped
     basis: Float[Array, "k P"]
     inner: AbstractPerturbable
-    added: Callable[[Array], Array] | None = None
 
     @property
     def matrix(self):
@@ -133,7 +128,7 @@ class Galerkin(AbstractPerturbable):
 
     @property
     def matvec(self):
-        return damped_product(self.curvature, self.risk, self.model, self.added)
+        return self.damped.matvec
 
     @property
     def solve_flops(self):
@@ -145,8 +140,7 @@ class Galerkin(AbstractPerturbable):
 
     def perturbed(self, matvec):
         inside = self.inner.perturbed(lambda u: dot(self.basis, matvec(dot(u, self.basis))))
-        parts = self.risk, self.model, self.curvature, self.basis
-        return Galerkin(*parts, inside, both(self.added, matvec))
+        return Galerkin(self.damped.plus(matvec), self.basis, inside)
 
 
 def galerkin(curvature: AbstractCurvature, risk, model, basis: Float[Array, "k P"]) -> Galerkin:
@@ -155,7 +149,8 @@ def galerkin(curvature: AbstractCurvature, risk, model, basis: Float[Array, "k P
     **Raises:** `ValueError` where Q(H + λI)Qᵀ is indefinite or singular, naming the eigenvalue.
     """
     matrix = _restricted(curvature, risk, model, basis)
-    return Galerkin(risk, model, curvature, basis, factor_matrix(matrix, curvature.damping))
+    inner = factor_matrix(matrix, curvature.damping)
+    return Galerkin(Damped(risk, model, curvature), basis, inner)
 
 
 @eqx.filter_jit
