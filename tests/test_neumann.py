@@ -15,19 +15,10 @@ import influx as ix
 from influx._linalg import ravel
 from influx._solver.neumann import Neumann
 from tests.helpers import LAMBDA, linear_model, problem
+from tests.linear_algebra import result_is, symmetric
 
 P = 16
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def symmetric(rng, spectrum):
-    Q = np.linalg.qr(rng.normal(size=(len(spectrum), len(spectrum))))[0]
-    A = (Q * spectrum) @ Q.T
-    return (A + A.T) / 2
-
-
-def result_is(result, name):
-    return bool(np.all(np.asarray(result == getattr(lx.RESULTS, name))))
 
 
 @functools.partial(jax.jit, static_argnames=("rtol", "max_steps"))
@@ -42,7 +33,7 @@ def neumann(A, b, rtol=1e-10, max_steps=None, step=None):
 @given(SEEDS, st.sampled_from([1e1, 1e2]))
 def test_neumann_agrees_with_numpy(seed, condition):
     rng = np.random.default_rng(seed)
-    A = symmetric(rng, np.exp(rng.uniform(-np.log(condition), 0, P)))
+    A = symmetric(rng, np.exp(rng.uniform(-np.log(condition), 0, P)))[0]
     b = rng.normal(size=P)
     solution = neumann(A, b)
     assert result_is(solution.result, "successful")
@@ -54,7 +45,7 @@ def test_neumann_agrees_with_numpy(seed, condition):
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_an_iterate_is_a_partial_sum_of_the_series(steps):
     rng = np.random.default_rng(0)
-    A, b, s = symmetric(rng, np.linspace(0.1, 1.5, P)), rng.normal(size=P), 0.4
+    A, b, s = symmetric(rng, np.linspace(0.1, 1.5, P))[0], rng.normal(size=P), 0.4
     terms = [s * np.linalg.matrix_power(np.eye(P) - s * A, j) @ b for j in range(steps)]
     solution = neumann(A, b, max_steps=steps, step=s)
     np.testing.assert_allclose(solution.value, sum(terms), rtol=1e-12)
@@ -68,7 +59,7 @@ def test_the_measured_step_converges_and_the_sums_grow(seed, copies):
     rng = np.random.default_rng(seed)
     spectrum = np.exp(rng.uniform(-3, 3, P))
     spectrum[:copies] = spectrum.max()
-    A, b = symmetric(rng, spectrum), rng.normal(size=P)
+    A, b = symmetric(rng, spectrum)[0], rng.normal(size=P)
     operator = lx.MatrixLinearOperator(jnp.asarray(A), lx.symmetric_tag)
     _, step = Neumann(1e-10, 0.0).init(operator, {})
     # P is below the 20 Lanczos steps: the Ritz value is the norm, and the step 1/1.1 of 1/‖A‖.
@@ -90,11 +81,11 @@ def test_the_measured_step_is_safe_for_a_spectrum_that_lanczos_does_not_resolve(
 
 def test_neumann_says_why_there_is_no_solution():
     rng = np.random.default_rng(0)
-    A, b = symmetric(rng, np.linspace(0.1, 1, P)), rng.normal(size=P)
+    A, b = symmetric(rng, np.linspace(0.1, 1, P))[0], rng.normal(size=P)
     assert result_is(neumann(A, b, step=2.1).result, "breakdown")  # too long a step
     assert result_is(neumann(A - 0.5 * np.eye(P), b, step=0.9).result, "breakdown")  # indefinite
     assert result_is(neumann(A, b, rtol=1e-18).result, "stagnation")
-    singular = symmetric(rng, np.r_[0.0, np.linspace(0.5, 1, P - 1)])
+    singular = symmetric(rng, np.r_[0.0, np.linspace(0.5, 1, P - 1)])[0]
     assert result_is(neumann(singular, b, max_steps=500).result, "max_steps_reached")
     assert result_is(neumann(A * np.nan, b).result, "singular")
     assert result_is(neumann(A, b * np.nan).result, "nonfinite_input")
@@ -103,7 +94,7 @@ def test_neumann_says_why_there_is_no_solution():
 
 def test_neumann_under_vmap_is_neumann_row_by_row():
     rng = np.random.default_rng(0)
-    A = symmetric(rng, np.linspace(0.2, 1, P))
+    A = symmetric(rng, np.linspace(0.2, 1, P))[0]
     b = rng.normal(size=(4, P)) * np.array([1, 1e-3, 0, 10])[:, None]
     together = jax.vmap(lambda v: neumann(jnp.asarray(A), v).value)(jnp.asarray(b))
     np.testing.assert_allclose(together, [neumann(A, v).value for v in b], atol=1e-9)
@@ -126,7 +117,10 @@ def test_neumann_takes_pytrees_and_float32():
 
 def test_derivatives_pass_through_neumann():
     rng = np.random.default_rng(0)
-    A, D = symmetric(rng, np.linspace(0.2, 1, P)), symmetric(rng, np.ones(P) + rng.random(P))
+    (A, _), (D, _) = (
+        symmetric(rng, np.linspace(0.2, 1, P)),
+        symmetric(rng, np.ones(P) + rng.random(P)),
+    )
     b = rng.normal(size=P)
     value = lambda t: jnp.sum(neumann(jnp.asarray(A) + t * jnp.asarray(D), jnp.asarray(b)).value)
     inverse = np.linalg.inv(A)
@@ -135,7 +129,7 @@ def test_derivatives_pass_through_neumann():
 
 
 def test_the_transposed_state_is_the_state_of_the_transpose():
-    A = symmetric(np.random.default_rng(0), np.linspace(0.2, 1, P))
+    A, _ = symmetric(np.random.default_rng(0), np.linspace(0.2, 1, P))
     operator, solver = lx.MatrixLinearOperator(jnp.asarray(A), lx.symmetric_tag), Neumann(1e-8, 0.0)
     (matrix, step), options = solver.transpose(solver.init(operator, {}), {})
     other, other_step = solver.init(operator.T, {})

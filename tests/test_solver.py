@@ -16,24 +16,11 @@ from hypothesis import strategies as st
 from influx._solver import bounds
 from influx._solver.bounds import krylov, lanczos, quadrature
 from influx._solver.minres import MINRES
+from tests.linear_algebra import result_is, symmetric
 
 P = 16
 STEPS = (1, 3, 6, 12)
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def orthogonal(rng, size=P):
-    return np.linalg.qr(rng.normal(size=(size, size)))[0]
-
-
-def symmetric(rng, spectrum):
-    Q = orthogonal(rng, len(spectrum))
-    A = (Q * spectrum) @ Q.T
-    return (A + A.T) / 2, Q
-
-
-def result_is(result, name):
-    return bool(np.all(np.asarray(result == getattr(lx.RESULTS, name))))
 
 
 # --- MINRES ----------------------------------------------------------------------------------------
