@@ -25,7 +25,15 @@ class Whole(eqx.Module):
 
     def __call__(self, part: Model) -> Model:
         leaves, structure = jtu.tree_flatten(self.model, is_leaf=_is_none)
-        for place, leaf in zip(self.places, jtu.tree_leaves(part, is_leaf=_is_none), strict=True):
+        own = jtu.tree_leaves(part, is_leaf=_is_none)
+        if len(own) != len(self.places):
+            raise ValueError(
+                f"This risk is restricted to a part of its model with {len(self.places)} leaves, and "
+                f"got something with {len(own)}. Pass the part: `small, part = influx.restrict(...)`. "
+                "For the whole model (a measurement's, or the outcome of a retraining) use the risk "
+                "before `restrict`."
+            )
+        for place, leaf in zip(self.places, own):
             leaves[place] = leaf
         return self.outer(jtu.tree_unflatten(structure, leaves))
 

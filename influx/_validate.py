@@ -37,11 +37,11 @@ def validate(risk: EmpiricalRisk, model: Model) -> None:
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype != theta.dtype:
             raise ValueError(
                 f"The parameters are {theta.dtype} but the data leaf {jtu.keystr(path)} is "
-                f"{leaf.dtype}: convert one, e.g. `X.astype({theta.dtype})`."
+                f"{leaf.dtype}: convert one, e.g. by `.astype(jnp.{theta.dtype})`."
             )
     l2_tree(risk.l2, eqx.filter(model, eqx.is_inexact_array))
     x, y = take(risk.data, 0)
-    output = _traced(
+    output = traced(
         risk.output,
         model,
         x,
@@ -49,7 +49,7 @@ def validate(risk: EmpiricalRisk, model: Model) -> None:
         remedy="`predict(model, x)` sees one example, without the leading axis of examples.",
     )
     risk.loss.check(output, risk.data[1])
-    value = _traced(
+    value = traced(
         risk.loss,
         output,
         y,
@@ -59,7 +59,7 @@ def validate(risk: EmpiricalRisk, model: Model) -> None:
     _check_scalar(value, theta.dtype)
 
 
-def _traced(fn: Callable, *args, what: str, remedy: str) -> PyTree:
+def traced(fn: Callable, *args, what: str, remedy: str) -> PyTree:
     """The shapes that `fn(*args)` answers; where it fails, an error that says on which shapes."""
     try:
         return eqx.filter_eval_shape(fn, *args)
@@ -98,7 +98,7 @@ def _check_parameters(model: Model) -> None:
     if len(set(dtypes.values())) > 1:
         raise ValueError(
             f"The parameters have several dtypes: {dtypes}. Convert them to one, e.g. "
-            "`jtu.tree_map(lambda p: p.astype(x.dtype) if eqx.is_inexact_array(p) else p, model)`."
+            "`jtu.tree_map(lambda p: p.astype(float) if eqx.is_inexact_array(p) else p, model)`."
         )
     for path, leaf in leaves:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):

@@ -212,14 +212,23 @@ MEETINGS = {
     "data dtype": (
         lambda: meet((X.astype(np.float32), y)),
         r"float64 but the data leaf \[0\] is float32",
-        r"astype\(float64\)",
+        r"astype\(jnp\.float64\)",
     ),
     "target dtype": (
         lambda: meet((X, Y.astype(np.float32)), ix.SquaredError()),
         r"data leaf \[1\] is float32",
-        r"astype\(float64\)",
+        r"astype\(jnp\.float64\)",
     ),
-    "parameter dtype": (lambda: meet(model=half), r"float32 but .*float64", r"astype\(float32\)"),
+    "parameter dtype": (
+        lambda: meet(model=half),
+        r"float32 but .*float64",
+        r"astype\(jnp\.float32\)",
+    ),
+    "one class": (
+        lambda: meet((X, np.zeros(N, int)), model=eqx.nn.Linear(D, 1, key=jr.key(0))),
+        "at least two classes, got outputs of shape .1,",
+        "BinaryCrossEntropy",
+    ),
     "input width": (
         lambda: meet((X[:, :2], y)),
         r"cannot be called on the input float64\[2\]",
@@ -1018,6 +1027,21 @@ COMBINATIONS = {
         "encloses plain influence",
         "without `relative`, `removal` or `groups`",
     ),
+    "the whole model of a part's risk": (
+        lambda w: ix.influence(ix.restrict(risk(), w.model, lambda m: m.bias)[0], w.model),
+        "restricted to a part of its model with 1 leaves.*something with 2",
+        "use the risk before `restrict`",
+    ),
+    "a measurement of pairs": (
+        lambda w: ix.measure(w.f, lambda m, x: m(x)[0])((Xq, yq)),
+        r"cannot be called on the query float64\[4\], int64\[\]",
+        "of exactly what `f.queries.` is given",
+    ),
+    "a measurement without a query": (
+        lambda w: ix.measure(w.f, lambda m: m.bias.sum())(Xq),
+        "`fn.model, query.` cannot be called",
+        "one row",
+    ),
     "certify a relative": (
         lambda w: ix.certify(w.relative, (Xq, yq)),
         "encloses removals of single points",
@@ -1100,7 +1124,7 @@ def test_a_newton_step_needs_a_curvature_that_knows_single_points(curvature):
         refused(
             lambda verb=verb: verb(f),
             rf"{name}.* does not say what one point adds",
-            r'Hessian\(\) or GaussNewton\(\), or the first order: `removal\(f, "first-order"\)`',
+            r"Hessian\(\) or GaussNewton\(\), or (the first order: `removal\(f|one of them in CG)",
         )
     assert np.isfinite(ix.removal(f, "first-order")((Xq, yq))).all()  # the remedy works
 

@@ -236,6 +236,7 @@ def test_subsets_repeat_the_same_run():
         (np.ones((2, N + 1)), r"needs shape \[k, 24\]"),
         (-np.ones((2, N)), r"got -1.0 at \[0, 0\]"),
         (np.full((2, N), np.nan), "finite and at least 0"),
+        (np.eye(3, N) * [[1], [1], [0]], r"no point of a weight above 0 in rows \[2\]"),
     ],
 )
 def test_masks_are_checked(masks, words):

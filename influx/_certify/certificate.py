@@ -151,19 +151,24 @@ def _check(f: Influence, tier: int, refine: int, renormalise: bool) -> None:
         raise ValueError(
             "`certify` encloses removals of single points: use `f` without `relative` or `groups`."
         )
-    f.response.check_displace()
+    response = implicit_response(f.response, "certify")
     theta, _ = ravel(f.model)
     if theta.dtype != jnp.float64:
         raise ValueError(
             f"A certificate needs float64, the parameters are {theta.dtype}. Enable it with "
             '`jax.config.update("jax_enable_x64", True)` and convert model and data.'
         )
-    jacobian = implicit_response(f.response, "certify").jacobian
-    if jacobian is None or not jacobian.affine:
+    if response.jacobian is None or not response.jacobian.affine:
         raise ValueError(
             "A certificate needs outputs that are affine in the parameters, and these are not (a cast "
             "to fewer digits counts as none). Restrict to the last layer: "
             "`risk, model = influx.restrict(risk, model, lambda m: m.layers[-1])`."
+        )
+    if response.newton is None:
+        raise ValueError(
+            f"`certify` takes a Newton step without each point, and {type(response.curvature).__name__} "
+            "does not say what one point adds to it. Use Hessian() or GaussNewton(), or one of them in "
+            "CG(...)."
         )
     low = float(jnp.min(f.risk.l2_vector(f.model)))
     if not low > 0:

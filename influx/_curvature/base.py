@@ -304,11 +304,14 @@ def _check_definite(matrix: Float[Array, "P P"], factored: Factored) -> None:
         return
     kind = "indefinite" if low < -floor else "singular"
     remedy = max(1e-3 * high, -2 * low)
+    others = {
+        "singular": "or an l2 > 0 on every parameter.",
+        "indefinite": "an l2 > 0 on every parameter, a positive semi-definite curvature such as "
+        "GaussNewton() with a convex loss, or train to a minimum.",
+    }
     raise ValueError(
         f"The curvature is {kind}: its smallest eigenvalue is {low:.3g}, its largest {high:.3g}. "
-        f"Its inverse is no influence. Use a positive damping (say damping={remedy:.1g}), an l2 > 0 "
-        "on every parameter, a positive semi-definite curvature such as GaussNewton(), or train to a "
-        "minimum."
+        f"Its inverse is no influence. Use a positive damping (say damping={remedy:.1g}), {others[kind]}"
     )
 
 

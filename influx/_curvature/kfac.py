@@ -175,7 +175,11 @@ class EKFAC(AbstractKroneckerFactored):
     (or Fisher) matrix in Frobenius norm, so never further than K-FAC (P13). Where l2 differs within a
     layer, its diagonal in the eigenbasis stands for it.
 
-    Arguments and errors are those of `KFAC`. **Cost:** a second pass over the data.
+    **Arguments:** those of `KFAC`: `fisher`, `damping`, `tolerance` (0.05: scores by few products of
+    small matrices, within about 5 %), `sharing`, `key` and `draws` of `"sampled"`, `rules`. So are the
+    errors.
+
+    **Cost:** a second pass over the data.
 
     **Source:** George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored
     Eigenbasis", arXiv:1806.03884; Grosse et al. (influence), arXiv:2308.03296.

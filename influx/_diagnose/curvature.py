@@ -27,12 +27,12 @@ def of_curvature(f: Influence) -> tuple[Finding, ...]:
     state = _measure(f)
     low, high = _extremes(f, response.factored)
     return (
-        _stationarity(state, f.risk.n),
+        _stationarity(f, state),
         _spectrum(f, low, high),
         _dimension(f),
         _solve(f, state, low),
         _precision(state),
-        _self_influence(state, f.risk.n),
+        _self_influence(f, state),
         _undefined(f),
     )
 
@@ -103,17 +103,20 @@ def _ritz_values(factored: AbstractFactored, theta):
     return ritz_values(factored.matvec, theta, 40)
 
 
-def _stationarity(state: dict, n: int) -> Finding:
-    ratio = float(state["gradient"] / (state["typical"] / n))
+def _stationarity(f: Influence, state: dict) -> Finding:
+    ratio = float(state["gradient"] / (state["typical"] / f.risk.n))
+    double = state["gradient"].dtype == np.float64
+    newton = "influx.Newton()" if double else "influx.Newton(tolerance=1e-6)"
     return finding(
         "stationarity",
         f"|grad J| = {float(state['gradient']):.2e}, {ratio:.1e} of one point's slope",
         judge(ratio, 0.01, 1.0),
         "Influence is the derivative at a minimum: what is left of training is compared with what "
         "removing one point does.",
-        "Train further: `model = influx.fit(risk, model, influx.Newton())`, or "
-        'LBFGS() for a network of smooth activations; `removal(f, "newton")` subtracts what is left of '
-        "training, and `pbrf` is the ground truth of a network as it is.",
+        f"Train further: `model = influx.fit(risk, model, {newton})`, or LBFGS for a network of smooth "
+        "activations (one with ReLU has kinks, where no gradient vanishes); "
+        + ('`removal(f, "newton")` subtracts what is left of training, and ' if _steps(f) else "")
+        + "`pbrf` is the ground truth of a network as it is.",
     )
 
 
@@ -168,7 +171,9 @@ def _solve(f: Influence, state: dict, low: float) -> Finding:
     relative = float(np.max(np.where(norms > 0, residuals / np.where(norms > 0, norms, 1), 0)))
     relative = max(relative, float(state["probe"]))
     end, proven = known_lower_end(f, low)
-    energy = np.sqrt(np.maximum(max(end, 0.0) * s, 0))  # 0 where no bound is known, or g is 0
+    # A point that is fitted beyond doubt has scores that are 0 beside the others': it decides nothing.
+    floored = np.maximum(s, np.mean(s))
+    energy = np.sqrt(np.maximum(max(end, 0.0) * floored, 0))  # 0 where no bound is known, or s is 0
     known = residuals / np.where(energy > 0, energy, 1)
     solved = float(np.max(np.where(energy > 0, known, np.where(norms > 0, np.inf, 0))))
     terms, of_any_query = _by_terms(f, state)
@@ -176,29 +181,34 @@ def _solve(f: Influence, state: dict, low: float) -> Finding:
     converged = bool(state["converged"])
     verdict = judge(bound, 1e-3, 0.1) if converged else "bad"
     drawn = f" for {s.size} points drawn" if s.size < f.risk.n else ""
+    remedy = (
+        "Raise the damping, or compute in float64 (`jax_enable_x64`)."
+        if state["steps"] is None
+        else "Allow more steps (`max_steps=`) or a smaller `rtol=`, give CG a `preconditioner=`, raise "
+        "the damping, or solve directly."
+    )
     return finding(
         "solve",
         f"{_count(state)}relative residual {relative:.1e}, "
-        f"score error {'at most' if proven else 'estimated at'} {bound:.1e} of √(sᵢsⱼ){drawn}"
+        f"score error {'at most' if proven else 'estimated at'} {bound:.1e} of √(s̄ᵢs̄ⱼ){drawn}"
         + (f", {terms:.1e} of it by `tolerance` ({of_any_query:.1e} of a query)" if terms else ""),
         verdict,
         "How well the linear solves were done" + (
             ": every one met its tolerance." if converged else ": some did NOT converge."
         ),
-        ("A smaller `tolerance=`, or 0. " if terms else "")
-        + "Allow more steps (`max_steps=`) or a smaller `rtol=`, give CG a `preconditioner=`, raise the "
-        "damping, or solve directly.",
+        ("A smaller `tolerance=`, or 0. " if terms else "") + remedy,
     )  # fmt: skip
 
 
 def _by_terms(f: Influence, state: dict) -> tuple[float, float]:
-    """The most that the few terms of a `tolerance` change a score, in units of √(sᵢsⱼ): of two training
-    points, and of one with any query."""
+    """The most that the few terms of a `tolerance` change a score: of two training points in units of
+    √(s̄ᵢs̄ⱼ), and of one with any query q of √(s_q s̄ⱼ)."""
     layered = implicit_response(f.response, "diagnose").factored.layered
     if layered is None:
         return 0.0, 0.0
     s, missed = np.asarray(state["self"]), np.asarray(state["missed"])
-    of_points = float(np.max(np.where(s > 0, missed / np.where(s > 0, s, 1), 0)))
+    floored = np.maximum(s, np.mean(s))
+    of_points = float(np.max(missed / floored)) if np.mean(s) > 0 else 0.0
     return of_points, float(np.sqrt(of_points * layered.most_missed))
 
 
@@ -233,9 +243,14 @@ def _precision(state: dict) -> Finding:
     )
 
 
-def _self_influence(state: dict, n: int) -> Finding:
+def _steps(f: Influence) -> bool:
+    """Whether `f` can take Newton steps without a point."""
+    return implicit_response(f.response, "diagnose").newton is not None
+
+
+def _self_influence(f: Influence, state: dict) -> Finding:
     rise = np.asarray(state["rise"])
-    top, drawn = float(np.max(rise)), f" of {rise.size} drawn" if rise.size < n else ""
+    top, drawn = float(np.max(rise)), f" of {rise.size} drawn" if rise.size < f.risk.n else ""
     return finding(
         "self-influence",
         f"own loss rises by up to {top:.2f} on removal, "
@@ -244,7 +259,10 @@ def _self_influence(state: dict, n: int) -> Finding:
         "Where removing a point moves its own loss by much, the model without it is far off, and "
         "first order, a tangent, misjudges the change: most often it underestimates it.",
         '`removal(f, "newton")` and `memorization(f, "newton")` follow the curve; `certify` says how '
-        "far they are to be trusted.",
+        "far they are to be trusted."
+        if _steps(f)
+        else "Newton steps follow the curve: ask by GaussNewton(), of the last layer alone "
+        "(`influx.restrict`) where P² does not fit, or retrain by `leave_one_out`.",
     )
 
 

@@ -34,12 +34,13 @@ def diagnose(f: Influence) -> Diagnosis:
     u is the unit roundoff of the parameters' dtype. Measurement and effect of `f` play no part.
 
     **The solve.** For x ≈ H⁻¹gⱼ with the residual ρⱼ = gⱼ − Hx a score is off by |gᵢᵀH⁻¹ρⱼ| ≤
-    √sᵢ ‖ρⱼ‖/√λ_min (P9 with x̃ = 0 on the other side), that is by ‖ρⱼ‖/√(λ_min sⱼ) of √(sᵢsⱼ); the
-    figure is the worst. It is proven where λ_min is an eigenvalue or a known lower end of the spectrum
-    (min l2 + λ of a positive semi-definite curvature), and called an estimate where λ_min is the least
-    Ritz value. Under a `tolerance` few terms R̃ stand for the eigenvalues R of the
-    inverse, and the largest gⱼᵀ|R̃ − R|gⱼ / sⱼ is added, which bounds |gᵢᵀ(R̃ − R)gⱼ| / √(sᵢsⱼ); with a
-    query's gradient in place of gᵢ, the root of that number times max |R̃/R − 1| does. For `CG` with a
+    √sᵢ ‖ρⱼ‖/√λ_min (P9 with x̃ = 0 on the other side), that is by at most ‖ρⱼ‖/√(λ_min s̄ⱼ) of √(s̄ᵢs̄ⱼ),
+    s̄ⱼ the larger of sⱼ and the mean self-influence: scores of points that are fitted beyond doubt are 0
+    beside the others'. The figure is the worst. It is proven where λ_min is an eigenvalue or a known
+    lower end of the spectrum (min l2 + λ of a positive semi-definite curvature), and called an estimate
+    where λ_min is the least Ritz value. Under a `tolerance` few terms R̃ stand for the eigenvalues R of
+    the inverse, and the largest gⱼᵀ|R̃ − R|gⱼ / s̄ⱼ is added, which bounds |gᵢᵀ(R̃ − R)gⱼ| / √(s̄ᵢs̄ⱼ); with
+    a query's gradient in place of gᵢ, the root of that number times max |R̃/R − 1| does. For `CG` with a
     preconditioner the steps of one solve are counted without it as well, up to ten times as many.
 
     **Raises:** `ValueError` for what is no `Influence`, or inside a trace. What is wrong with the

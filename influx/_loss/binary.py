@@ -72,7 +72,8 @@ class BinaryCrossEntropy(AbstractLoss):
             targets,
             output.shape,
             "BinaryCrossEntropy takes labels of the output's shape",
-            "Add or drop the axis: `y[:, None]`, `y[:, 0]`; for C > 2 classes use SoftmaxCrossEntropy.",
+            "Add or drop the axis: `y[:, None]`, `y[:, 0]`; for a logit of each class, one of which is "
+            "right, use SoftmaxCrossEntropy.",
         )
         if is_concrete(targets) and not np.isin(np.asarray(targets), (0, 1)).all():
             bad = np.flatnonzero(np.any(flat_rows(~np.isin(np.asarray(targets), (0, 1))), axis=1))

@@ -183,6 +183,11 @@ class SoftmaxCrossEntropy(AbstractLoss):
                 "Convert them: `y.astype(int)`; for soft labels use `CustomLoss`."
             )
         C = output.shape[-1]
+        if C < 2:
+            raise ValueError(
+                f"SoftmaxCrossEntropy needs a logit for each of at least two classes, got outputs of "
+                f"shape {output.shape}. For one logit, of yes or no, use BinaryCrossEntropy."
+            )
         if self.class_weights is not None and self.class_weights.shape != (C,):
             raise ValueError(
                 f"`class_weights` needs shape ({C},), one factor per class of the model; got "

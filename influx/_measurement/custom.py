@@ -1,12 +1,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from .._chunks import take
 from .._data import check_axes
+from .._validate import traced
 from .base import AbstractMeasurement
 
 
@@ -20,7 +20,14 @@ class Custom(AbstractMeasurement):
 
     def check(self, risk, model, queries):
         check_axes(queries, "queries")
-        shape = eqx.filter_eval_shape(lambda m, q: self(risk, m, q), model, take(queries, 0))
+        shape = traced(
+            lambda m, q: self(risk, m, q),
+            model,
+            take(queries, 0),
+            what="`fn(model, query)` cannot be called on the query",
+            remedy="It sees one row of exactly what `f(queries)` is given, without the leading axis: of "
+            "(X, y) a pair.",
+        )
         if not isinstance(shape, jax.ShapeDtypeStruct) or len(shape.shape) > 1:
             raise ValueError(
                 "A measurement is a scalar or a vector per query, got "

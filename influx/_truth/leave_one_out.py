@@ -20,12 +20,12 @@ def leave_one_out(
     outcome: Callable[[Any], PyTree[Array]] | None = None,
     chunk_size: int | None = None,
 ) -> PyTree[Array]:
-    """Ground truth: the models retrained without each point, or a function of them.
+    r"""Ground truth: the models retrained without each point, or a function of them.
 
     ```python
     heldout_loss = lambda model: risk.losses(model, (Xq, yq))
-    change = influx.leave_one_out(risk, model, influx.Newton(), outcome=heldout_loss) \
-        - heldout_loss(model)                                                   # [n, m]
+    without = influx.leave_one_out(risk, model, influx.Newton(), outcome=heldout_loss)
+    change = without - heldout_loss(model)                                      # [n, m]
     ```
 
     Row r minimises J(·, w) with w of point `indices[r]` set to 0: **1/n and Ω stay** (erase). Compare

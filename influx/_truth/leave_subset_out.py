@@ -62,4 +62,12 @@ def check_subsets(masks, risk: EmpiricalRisk) -> Float[Array, "k n"]:
             f"`masks` must be finite and at least 0, got {masks[tuple(bad[0])]} at {bad[0].tolist()}. "
             "1 keeps a point, 0 erases it."
         )
+    empty = np.flatnonzero(
+        ~np.any((np.asarray(masks) > 0) & (np.asarray(risk.weights) > 0), axis=1)
+    )
+    if empty.size:
+        raise ValueError(
+            f"`masks` keep no point of a weight above 0 in rows {empty[:5].tolist()}: there is nothing to train "
+            "on. Keep at least one."
+        )
     return masks.astype(risk.weights.dtype)
