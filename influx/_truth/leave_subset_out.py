@@ -67,7 +67,7 @@ def check_subsets(masks, risk: EmpiricalRisk) -> Float[Array, "k n"]:
     )
     if empty.size:
         raise ValueError(
-            f"`masks` keep no point of a weight above 0 in rows {empty[:5].tolist()}: there is nothing to train "
-            "on. Keep at least one."
+            f"`masks` keep no point of a weight above 0 in rows {empty[:5].tolist()}: there is nothing "
+            "to train on. Keep at least one."
         )
     return masks.astype(risk.weights.dtype)
