@@ -93,8 +93,5 @@ def _parts(factored: Blocks, leaves):
         starts[start] = (name, size)
         start += size
     for block in factored.blocks:
-        yield (
-            block.curvature,
-            block.factored,
-            [starts[i] for i in block.indices.tolist() if i in starts],
-        )
+        own = [starts[i] for i in block.indices.tolist() if i in starts]
+        yield block.curvature, block.factored, own

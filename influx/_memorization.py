@@ -1,4 +1,4 @@
-"""Memorization labels: does a point's margin survive its own removal?."""
+"""Memorization labels: does a point's margin survive its own removal?"""
 
 from typing import Literal
 

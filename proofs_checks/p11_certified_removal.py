@@ -71,11 +71,11 @@ PROOF
 CHECK
     (a) for drawn θ̃, also along the direction where (a) is an equality (softmax: the same vector
         added to
-    every class, in which J₋ᵢ is exactly quadratic with curvature l2): the library's error bound of m
-    for ½‖θ − θ̃‖² and for a linear m. `certify`, at θ̂ and away from it, contains own retraining: θ̂₋ᵢ
-    within its radius of a Newton step taken here, margins at tiers 1 and 2, changes of margin and
-    probabilities at tier 1, of loss and mean loss at tier 2; certified labels and signs are the true
-    ones. (b), (c): the library's constants at random and extreme logits, against hand-written
+    every class, in which J₋ᵢ is exactly quadratic with curvature l2), the library's r and its error
+    bound of m, for ½‖θ − θ̃‖² and for a linear m. `certify`, at θ̂ and away from it, contains own
+    retraining: θ̂₋ᵢ within its radius of a Newton step taken here, margins at tiers 1 and 2, changes of
+    margin and probabilities at tier 1, of loss and mean loss at tier 2; certified labels and signs are
+    the true ones. (b), (c): the library's constants at random and extreme logits, against hand-written
     derivatives; those of (f), (g), and refined steps, in the project's tests.
 
 SOURCE
@@ -88,12 +88,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import influx as ix
+from influx._certify.affine import affine
 from influx._certify.ball import Ball
+from influx._certify.enclosure import settled_radius
 from influx._measurement import Loss, Margin, Probability
 
 from . import _library as library
@@ -124,9 +127,14 @@ def certificate(problem, kind: str, tier: int) -> SimpleNamespace:
     )
 
 
-def radius(slope: float, mu: float) -> float:
-    """(a)."""
-    return slope / mu
+def radius(problem) -> float:
+    """The library's (a), of the problem's own weights: how far its minimiser may be from its θ."""
+    return float(_settled(library.handle(problem)))
+
+
+@eqx.filter_jit
+def _settled(f):
+    return settled_radius(affine(f))
 
 
 def error(slope: float, smoothness: float, r: float) -> float:
@@ -188,7 +196,7 @@ def retrained(problem):
 
 def distance(problem, subject) -> dict[str, float]:
     """(a), at θ̃ drawn freely, and along directions where it is an equality."""
-    rng, i, mu = np.random.default_rng(problem.seed), problem.seed % problem.n, problem.l2.min()
+    rng, i = np.random.default_rng(problem.seed), problem.seed % problem.n
     w = without(problem, i)
     truth = oracle.minimise(problem, w)
     free = rng.normal(size=(4, truth.size)) * np.array([[1e-3], [0.1], [1.0], [3.0]])
@@ -196,8 +204,7 @@ def distance(problem, subject) -> dict[str, float]:
     far, radii = [], []
     for step in (*free, vectors[:, 0], 0.1 * vectors[:, 0]):
         far.append(np.linalg.norm(step))
-        slope = np.linalg.norm(oracle.gradient(problem, truth + step, w))
-        radii.append(subject.radius(slope, mu))
+        radii.append(subject.radius(replace(problem, theta=truth + step, w=w)))
     # m = ½‖θ − θ̃‖² has slope 0 and β = 1, m = uᵀ(θ − θ̃) along the way a slope of 1 and β = 0.
     bent = [subject.error(0.0, 1.0, r) for r in radii]
     straight = [subject.error(1.0, 0.0, r) for r in radii]
@@ -358,10 +365,8 @@ MUTANTS = {
     "certified everywhere": replace(SUBJECT, certificate=everything_certified),
     "classes rotated": replace(SUBJECT, certificate=classes_rotated),
     "weights ignored": replace(SUBJECT, certificate=mutants.on(mutants.unweighted, certificate)),
-    "radius by a tenth too small": replace(SUBJECT, radius=lambda s, mu: 0.9 * s / mu),
-    "μ of the wrong convention (½μ‖·‖² halved)": replace(
-        SUBJECT, radius=lambda s, mu: s / (2 * mu)
-    ),
+    "radius by a tenth too small": replace(SUBJECT, radius=lambda p: 0.9 * radius(p)),
+    "μ of the wrong convention (½μ‖·‖² halved)": replace(SUBJECT, radius=lambda p: radius(p) / 2),
     "‖∇CE‖ ≤ 1": constant("loss, gradient", 0.7),
     "‖∇γ‖ ≤ 1": constant("margin, gradient", 0.7),
     "‖∇p‖ ≤ ¼": constant("probability, gradient", 0.7),

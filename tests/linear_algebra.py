@@ -4,13 +4,9 @@ import lineax as lx
 import numpy as np
 
 
-def orthogonal(rng, size):
-    return np.linalg.qr(rng.normal(size=(size, size)))[0]
-
-
 def symmetric(rng, spectrum):
     """A matrix of these eigenvalues, and its eigenvectors."""
-    Q = orthogonal(rng, len(spectrum))
+    Q = np.linalg.qr(rng.normal(size=(len(spectrum), len(spectrum))))[0]
     A = (Q * spectrum) @ Q.T
     return (A + A.T) / 2, Q
 

@@ -78,7 +78,10 @@ def _outcome(f: Influence, measurement, step, query, within: Reach) -> _Outcome:
 def ball(f: Influence, measurement, step, query, within: Reach) -> Ball:
     """One query's measurement at θ̂ + step."""
     outcome = _outcome(f, measurement, step, query, within)
-    bounds = measurement.constants(f.risk, f.model)
+    return _ball(outcome, measurement.constants(f.risk, f.model), within)
+
+
+def _ball(outcome: _Outcome, bounds: MeasurementConstants, within: Reach) -> Ball:
     slope = within.length(outcome.rows) + _slope_rounding(outcome, bounds, within, 0)
     # The components of a vector measurement share their bounds.
     shared = lambda bound: jnp.broadcast_to(bound, slope.shape)
@@ -130,12 +133,10 @@ def mean_ball(f: Influence, step, queries, within: Reach) -> Ball:
 
     def one(query, within):
         outcome = _outcome(f, f.measurement, step, query, within)
-        bounds = f.measurement.constants(f.risk, f.model)
         terms = within.outer.shape[-1] * count + within.terms
-        of_slope = _slope_rounding(outcome, bounds, within, terms)
-        return ball(f, f.measurement, step, query, within), of_slope
+        return _ball(outcome, bounds, within), _slope_rounding(outcome, bounds, within, terms)
 
-    count = within.norm.size
+    bounds, count = f.measurement.constants(f.risk, f.model), within.norm.size
     value, gradient = jax.value_and_grad(average)(theta + step)
     each, of_slope = jax.vmap(one)(queries, within)
     of_sum = count * jnp.finfo(value.dtype).eps / 2 * jnp.mean(jnp.abs(each.value))

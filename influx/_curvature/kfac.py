@@ -175,9 +175,8 @@ class EKFAC(AbstractKroneckerFactored):
     (or Fisher) matrix in Frobenius norm, so never further than K-FAC (P13). Where l2 differs within a
     layer, its diagonal in the eigenbasis stands for it.
 
-    **Arguments:** those of `KFAC`: `fisher`, `damping`, `tolerance` (0.05: scores by few products of
-    small matrices, within about 5 %), `sharing`, `key` and `draws` of `"sampled"`, `rules`. So are the
-    errors.
+    **Arguments and errors:** those of `KFAC`: `fisher`, `damping`, `tolerance` (0.05: scores by few
+    products of small matrices, aiming at 5 %), `sharing`, `key` and `draws` of `"sampled"`, `rules`.
 
     **Cost:** a second pass over the data.
 

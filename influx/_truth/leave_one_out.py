@@ -20,7 +20,7 @@ def leave_one_out(
     outcome: Callable[[Any], PyTree[Array]] | None = None,
     chunk_size: int | None = None,
 ) -> PyTree[Array]:
-    r"""Ground truth: the models retrained without each point, or a function of them.
+    """Ground truth: the models retrained without each point, or a function of them.
 
     ```python
     heldout_loss = lambda model: risk.losses(model, (Xq, yq))
