@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -25,8 +26,14 @@ install_import_hook([f"influx.{module}" for module in _CHECKED], "beartype.beart
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Small problems: compiling them well costs more than running them badly.
+# Small problems: compiling them well costs more than running them badly. XLA stops at flags that it does
+# not know, and reads them once: notebooks, in processes of their own, run as a user's do.
 jax.config.update("jax_disable_most_optimizations", True)
+if version("jaxlib").startswith("0.10."):
+    with pytest.MonkeyPatch.context() as patch:
+        flags = os.environ.get("XLA_FLAGS", "")
+        patch.setenv("XLA_FLAGS", f"{flags} --xla_cpu_use_fusion_emitters=false")
+        jax.devices()
 
 _quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("dev", max_examples=10, **_quiet)

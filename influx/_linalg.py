@@ -57,3 +57,26 @@ def each_times(rows: Array, matrices: Array) -> Array:
     if matrices.shape[0] == 1:
         return dot(rows, matrices[0])
     return einsum("...std,sde->...ste", rows, matrices)
+
+
+# Strips that a symmetric product is computed in, and the width from which that pays.
+_STRIPS, _WIDE = 4, 128
+
+
+def gram_strips(
+    rows: Float[Array, "S n d"], weights: Float[Array, " n"]
+) -> list[Float[Array, "S b c"]]:
+    """Σ wᵢ x xᵀ in strips of rows, each from its diagonal on: ⅝ of the work for four of them."""
+    d = rows.shape[-1]
+    width = d if d < _WIDE else -(-d // _STRIPS)
+    weighted = weights[None, :, None] * rows
+    strip = lambda at: einsum("snd,sne->sde", weighted[..., at : at + width], rows[..., at:])
+    return [strip(at) for at in range(0, d, width)]
+
+
+def from_strips(strips: list[Float[Array, "S b c"]]) -> Float[Array, "S d d"]:
+    """The symmetric matrices of which `gram_strips` answers strips."""
+    d = strips[0].shape[-1]
+    filled = lambda strip: jnp.pad(strip, ((0, 0), (0, 0), (d - strip.shape[-1], 0)))
+    upper = jnp.concatenate([filled(strip) for strip in strips], axis=1)
+    return jnp.triu(upper) + jnp.triu(upper, 1).swapaxes(-1, -2)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import influx as ix
 from influx._engine import ForwardMode, Layered, PerExample
 from influx._gradients import map_gradients
+from influx._linalg import from_strips, gram_strips
 from tests.test_taps import custom
 
 N, M, C = 24, 5, 3
@@ -116,6 +117,16 @@ def test_every_way_of_scoring_gives_the_same_scores():
         np.testing.assert_allclose(got, want, atol=1e-11 * float(jnp.abs(want).max()))
         own = way.own(f.response, f.measurement, 1)
         np.testing.assert_allclose(own, f.response.own(f.measurement), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [3, 127, 128, 130])
+def test_a_gram_matrix_of_strips_is_that_of_all_rows(width):
+    rng = np.random.default_rng(width)
+    rows, weights = rng.normal(size=(2, 7, width)), rng.uniform(size=7)
+    want = np.stack([x.T @ np.diag(weights) @ x for x in rows])
+    got = from_strips(gram_strips(jnp.asarray(rows), jnp.asarray(weights)))
+    np.testing.assert_allclose(got, want, atol=1e-13)
+    np.testing.assert_array_equal(got, got.swapaxes(1, 2))
 
 
 @settings(max_examples=5)

@@ -20,7 +20,8 @@ from .fisher import Fisher
 from .ggn import GaussNewton
 from .kronecker import EigenBlock, Kronecker
 from .kronecker_diagonal import penalty_diagonals, second_moments
-from .kronecker_factors import applied_once, eigenblock, factors, watched
+from .kronecker_factors import eigenblock, factors
+from .kronecker_rows import applied_once, watched
 from .low_rank import low_rank
 from .truncated import truncated
 
@@ -185,7 +186,7 @@ class EKFAC(AbstractKroneckerFactored):
     """
 
     def eigenvalues(self, risk, model, blocks):
-        return second_moments(self.fisher, blocks, ruled(risk, self.rules), model)
+        return second_moments(self.fisher, blocks, risk, model)
 
 
 def _checked_damping(damping: Any) -> Scalar | None:

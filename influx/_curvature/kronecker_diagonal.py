@@ -4,14 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._chunks import chunked_sum
 from .._linalg import einsum
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows
 from .fisher import Fisher
 from .ggn import GaussNewton
 from .kronecker import EigenBlock, Kronecker
-from .kronecker_factors import chunk_of, examples, fisher_rows, watched
+from .kronecker_rows import sum_over_examples
 
 
 @eqx.filter_jit
@@ -34,19 +33,17 @@ def _is_none(x) -> bool:
 def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, model):
     """Λ = (1/n) Σ wᵢ (Q_lᵀ G Q_r)² over gradients G: the diagonal of the matrix that is approximated, in
     the eigenbasis."""
-    watch = watched(risk, model)
-    rows = fisher_rows(fisher, watch.rows, risk)
 
-    def block(args):
-        data, i, weights = args
-        pairs = zip(blocks, rows(data, i))
-        return [_squares(b, row, weights) for b, row in pairs]
+    def squares(parts, weights):
+        rows = [jax.vmap(b.layer.rows)(part) for b, part in zip(blocks, parts)]
+        return [_squares(b, row, weights) for b, row in zip(blocks, rows)]
 
-    def gradient_size(layer, row):
-        return 0 if row.right.shape[-2] == 1 else 2 * row.left.shape[1] * layer.size
+    def gradients(layer, parts):
+        row = jax.eval_shape(layer.rows, parts)
+        return 0 if row.right.shape[-2] == 1 else 2 * row.left.shape[0] * layer.size
 
-    chunk = chunk_of(fisher, watch, risk, gradient_size)
-    return [total / risk.n for total in chunked_sum(block, examples(risk), chunk)]
+    totals = sum_over_examples(squares, fisher, risk, model, gradients)
+    return [total / risk.n for total in totals]
 
 
 def _squares(block: EigenBlock, rows: Rows, weights):
@@ -58,7 +55,8 @@ def _squares(block: EigenBlock, rows: Rows, weights):
         left = jnp.sum(jnp.square(rows.left[:, :, :, 0]), axis=1)  # [b, S, l]
         right = jnp.square(rows.right[:, 0, :, 0])
         return einsum("b,bsl,bsr->slr", weights, left, right)
-    return einsum("b,bkslr->slr", weights, jnp.square(jax.vmap(block.gradient)(rows)))
+    squares = jnp.square(jax.vmap(block.gradient)(rows))
+    return jnp.sum(weights.reshape(-1, 1, 1, 1, 1) * squares, axis=(0, 1))
 
 
 def _squares_of_table(layer: Layer, rows: Rows, weights):

@@ -1,7 +1,5 @@
 """The Kronecker factors of each layer's curvature: one pass over activations and output gradients."""
 
-from collections.abc import Callable
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,101 +7,42 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._checks import is_concrete
-from .._chunks import chunk_length, chunked_sum, take
 from .._custom_types import Model
-from .._linalg import einsum
+from .._linalg import einsum, from_strips, gram_strips
 from .._risk import EmpiricalRisk
-from .._taps import Layer, Rows, Uncovered, Watched
+from .._taps import Layer, Rows
 from .fisher import Fisher
 from .ggn import GaussNewton
 from .kronecker import EigenBlock
-
-# More examples at a time than this are no faster: their rows no longer fit a processor's cache.
-_CHUNK = 512
-
-
-def watched(risk: EmpiricalRisk, model: Model) -> Watched:
-    """The model's output on one training input, its layers watched.
-
-    **Raises:** `ValueError` naming a parameter that no rule covers.
-    """
-    watch = Watched(lambda m, x: risk.output(m, x), model, take(risk.data[0], 0))
-    if watch.uncovered:
-        raise ValueError(_uncovered(watch.uncovered))
-    return watch
-
-
-def _uncovered(found: list[Uncovered]) -> str:
-    names = ", ".join(f"{u.path} {list(u.shape)} (in `{u.operation}`)" for u in found[:3])
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return (
-        f"No rule says how the model depends on {names}{more}. Three ways out: give a rule, "
-        "`EKFAC(rules={MyLayer: fn})`, with fn(layer, x) the same layer in plain matrix products; give "
-        "it a curvature of its own, `Mixture({where: Diagonal()}, EKFAC())`; or leave it out, "
-        "`influx.restrict(risk, model, where)` with the parameters to keep."
-    )
-
-
-def applied_once(risk: EmpiricalRisk, model: Model) -> list[bool]:
-    """For each layer whether an example's gradient is one outer product."""
-    watch = watched(risk, model)
-    one = take(risk.data[0], 0)
-    rows = jax.eval_shape(lambda x: watch.rows(x, lambda o: o[None])[1], one)
-    return [row.is_rank_one for row in rows]
-
-
-def fisher_rows(fisher: GaussNewton | Fisher, read: Callable, risk: EmpiricalRisk):
-    """(example, its number) ↦ the rows of the gradients, layer by layer, by `read`: the
-    `rows` or the `parts` of what is watched."""
-
-    def rows(example, i):
-        x, y = example
-        cotangents = lambda output: fisher.cotangents(risk.loss, output, y, i)
-        return read(x, cotangents)[1]
-
-    return jax.vmap(rows)
-
-
-def examples(risk: EmpiricalRisk):
-    return risk.data, jnp.arange(risk.n), risk.weights
-
-
-def chunk_of(
-    fisher: GaussNewton | Fisher, watch: Watched, risk: EmpiricalRisk, extra=lambda layer, rows: 0
-) -> int:
-    """How many examples fit the byte budget."""
-    rows = fisher_rows(fisher, watch.rows, risk)
-    one = jax.eval_shape(rows, take(risk.data, slice(0, 1)), jnp.arange(1))
-    items = sum(
-        3 * (row.left.size + row.right.size) + extra(layer, row)
-        for layer, row in zip(watch.layers, one)
-    )
-    return min(risk.n, _CHUNK, chunk_length(items, risk.weights.dtype))
+from .kronecker_rows import sum_over_examples, watched
 
 
 @eqx.filter_jit
-def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, model):
+def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, model: Model):
     """The left and the right factor of each layer: the curvature is left ⊗ right."""
-    watch = watched(risk, model)
-    parts = fisher_rows(fisher, watch.parts, risk)
+    layers = watched(risk, model).layers
 
-    def block(args):
-        data, i, weights = args
+    def moments(parts, weights):
         return [
             [
                 _moments(layer, turn, _shared(rows, sharing), weights)
                 for turn, rows in zip(_TURNS, own)
             ]
-            for layer, own in zip(watch.layers, parts(data, i))
+            for layer, own in zip(layers, parts)
         ]
 
-    sums = chunked_sum(block, examples(risk), chunk_of(fisher, watch, risk))
+    sums = sum_over_examples(moments, fisher, risk, model)
     total = jnp.sum(risk.weights)
-    pair = lambda turn, left, right: (left / risk.n, right / total)[::turn]
+    pair = lambda turn, left, right: (_whole(left) / risk.n, _whole(right) / total)[::turn]
     return [
         _product(layer, [pair(turn, *moments) for turn, moments in zip(_TURNS, own)])
-        for layer, own in zip(watch.layers, sums)
+        for layer, own in zip(layers, sums)
     ]
+
+
+def _whole(moment: list[Array] | Array) -> Array:
+    """A factor that was summed in strips, or one that was not."""
+    return from_strips(moment) if isinstance(moment, list) else moment
 
 
 # The parts of a layer's rows: places that see the matrix [S, l, r] as it is, and [S, r, l] transposed.
@@ -146,17 +85,19 @@ def _moments(layer: Layer, turn: int, rows: Rows, weights):
         counts = _counts(rows.right, weights, layer.shape[1:][::turn][1]) / rows.right.shape[-1]
         return left, jax.vmap(jnp.diag)(counts) if of_right else counts
     terms = rows.right.shape[1] * rows.right.shape[3]
-    return left, _second_moment(rows.right, weights, of_right) / terms
+    mean = lambda x: x / terms
+    return left, jax.tree_util.tree_map(mean, _second_moment(rows.right, weights, of_right))
 
 
 def _second_moment(x: Float[Array, "b k S T d"], weights, dense: bool):
-    """Σ wᵢ x xᵀ over examples, cotangents and places, [S, d, d], or its diagonal [S, d]."""
+    """Σ wᵢ x xᵀ over examples, cotangents and places, in strips of [S, d, d], or its diagonal
+    [S, d]."""
     b, k, S, T, d = x.shape
     rows = jnp.moveaxis(x, 2, 0).reshape(S, b * k * T, d)
-    w = jnp.repeat(weights, k * T)[None, :, None]
+    w = jnp.repeat(weights, k * T)
     if not dense:
-        return jnp.sum(w * jnp.square(rows), axis=1)
-    return einsum("snd,sne->sde", w * rows, rows)
+        return einsum("n,snd->sd", w, jnp.square(rows))
+    return gram_strips(rows, w)
 
 
 def _counts(places, weights, width: int):

@@ -1,0 +1,92 @@
+"""The rows of every layer's gradients, over the training data, a block of examples at a time."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+from .._chunks import chunk_length, chunked_sum, take
+from .._custom_types import Model
+from .._risk import EmpiricalRisk
+from .._taps import Layer, Rows, Uncovered, Watched
+from .fisher import Fisher
+from .ggn import GaussNewton
+
+# The places of one layer that see its matrix as it is, and those that see it transposed.
+Parts = tuple[Rows, ...]
+Total = TypeVar("Total")
+
+# More examples at a time than these, or than have rows of so many bytes, are no faster: a processor's
+# cache no longer holds what is made of them.
+_MOST, _CACHED = 512, 16 * 2**20
+
+
+def watched(risk: EmpiricalRisk, model: Model) -> Watched:
+    """The model's output on one training input, its layers watched.
+
+    **Raises:** `ValueError` naming a parameter that no rule covers.
+    """
+    watch = Watched(lambda m, x: risk.output(m, x), model, take(risk.data[0], 0))
+    if watch.uncovered:
+        raise ValueError(_uncovered(watch.uncovered))
+    return watch
+
+
+def _uncovered(found: list[Uncovered]) -> str:
+    names = ", ".join(f"{u.path} {list(u.shape)} (in `{u.operation}`)" for u in found[:3])
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return (
+        f"No rule says how the model depends on {names}{more}. Three ways out: give a rule, "
+        "`EKFAC(rules={MyLayer: fn})`, with fn(layer, x) the same layer in plain matrix products; give "
+        "it a curvature of its own, `Mixture({where: Diagonal()}, EKFAC())`; or leave it out, "
+        "`influx.restrict(risk, model, where)` with the parameters to keep."
+    )
+
+
+def applied_once(risk: EmpiricalRisk, model: Model) -> list[bool]:
+    """For each layer whether an example's gradient is one outer product."""
+    watch = watched(risk, model)
+    one = take(risk.data[0], 0)
+    rows = jax.eval_shape(lambda x: watch.rows(x, lambda o: o[None])[1], one)
+    return [row.is_rank_one for row in rows]
+
+
+def _example_parts(fisher: GaussNewton | Fisher, watch: Watched, risk: EmpiricalRisk):
+    """(example, its number) ↦ the rows of its gradients for the Fisher's cotangents, layer by layer."""
+
+    def parts(example, i) -> list[Parts]:
+        x, y = example
+        cotangents = lambda output: fisher.cotangents(risk.loss, output, y, i)
+        return watch.parts(x, cotangents)[1]
+
+    return parts
+
+
+def sum_over_examples(
+    of_block: Callable[[list[Parts], Float[Array, " b"]], Total],
+    fisher: GaussNewton | Fisher,
+    risk: EmpiricalRisk,
+    model: Model,
+    alive: Callable[[Layer, Parts], int] = lambda layer, parts: 0,
+) -> Total:
+    """Σ `of_block(rows, weights)` over blocks of examples.
+
+    `alive`: how many numbers of an example it keeps alive for a layer, beside three times its rows.
+    """
+    watch = watched(risk, model)
+    parts = _example_parts(fisher, watch, risk)
+
+    def block(args):
+        data, i, weights = args
+        return of_block(jax.vmap(parts)(data, i), weights)
+
+    one = jax.eval_shape(parts, take(risk.data, 0), 0)
+    items = sum(x.size for x in jtu.tree_leaves(one))
+    others = sum(alive(*layer) for layer in zip(watch.layers, one))
+    dtype = risk.weights.dtype
+    cached = max(1, _CACHED // (items * dtype.itemsize))
+    chunk = min(_MOST, cached, chunk_length(3 * items + others, dtype))
+    return chunked_sum(block, (risk.data, jnp.arange(risk.n), risk.weights), chunk)
