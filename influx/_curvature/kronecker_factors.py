@@ -85,8 +85,7 @@ def _moments(layer: Layer, turn: int, rows: Rows, weights):
         counts = _counts(rows.right, weights, layer.shape[1:][::turn][1]) / rows.right.shape[-1]
         return left, jax.vmap(jnp.diag)(counts) if of_right else counts
     terms = rows.right.shape[1] * rows.right.shape[3]
-    mean = lambda x: x / terms
-    return left, jax.tree_util.tree_map(mean, _second_moment(rows.right, weights, of_right))
+    return left, _second_moment(rows.right, weights / terms, of_right)
 
 
 def _second_moment(x: Float[Array, "b k S T d"], weights, dense: bool):
