@@ -6,7 +6,8 @@ Passes: the network of the task "mlp" on its 4,000 training points, float32. A g
 all points, a forward pass all their losses. What of EK-FAC's fit runs over the data, the factors and the
 diagonal in their eigenbasis, is timed apart from the eigenvectors. The times of a row are the least of
 several warm calls that take turns, each after a pause: LAPACK's threads keep a processor busy for some
-50 ms after their work is done, which would be charged to whatever comes next.
+50 ms after their work is done, which would be charged to whatever comes next. Within a whole fit there
+is no pause: it takes longer than its parts.
 
 Growth: synthetic inputs of 256 features, 256-width-width-10 networks at their initial weights, EK-FAC of
 tolerance 0.05; fit, 64 queries against all n, self-influence, each setting in a process of its own, of
@@ -89,11 +90,10 @@ def passes(console: Console) -> None:
         "fit, exact, 10 classes": ix.EKFAC(damping=1e-3),
     }.items():
         fit = lambda curvature=curvature: curvature.factor(risk, model)
-        calls = fit, *parts_of_fit(curvature, risk, model), gradient
-        whole, first, second, eigen, one = least(*calls)
-        row = (whole, first, second, eigen)
-        passes = f"{(first + second) / one:.2f}"
-        table.add_row(name, *(f"{1e3 * t:.0f}" for t in row), passes, "gradient")
+        *seconds, one = least(fit, *parts_of_fit(curvature, risk, model), gradient)
+        _, first, second, _ = seconds
+        cells = [f"{1e3 * t:.0f}" for t in seconds]
+        table.add_row(name, *cells, f"{(first + second) / one:.2f}", "gradient")
     f = ix.influence(risk, model, ix.EKFAC(damping=1e-3))
     query = jax.tree_util.tree_map(lambda x: x[:1], TASKS["mlp"].data()[1])
     scored, one = least(lambda: f(query), forward)

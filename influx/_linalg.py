@@ -1,6 +1,7 @@
 """Models as vectors, and products at full precision."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import equinox as eqx
 import jax
@@ -65,16 +66,16 @@ _STRIPS, _WIDE = 4, 128
 
 def gram_strips(
     rows: Float[Array, "S n d"], weights: Float[Array, " n"]
-) -> list[Float[Array, "S b c"]]:
-    """Σ wᵢ x xᵀ in strips of rows, each from its diagonal on: ⅝ of the work for four of them."""
+) -> list[Float[Array, "S _ _"]]:
+    """Σ wᵢ x xᵀ over rows x, in strips of the matrix from its diagonal on: ⅝ of the work for four."""
     d = rows.shape[-1]
-    width = d if d < _WIDE else -(-d // _STRIPS)
+    edges = [0, d] if d < _WIDE else [d * i // _STRIPS for i in range(_STRIPS + 1)]
     weighted = weights[None, :, None] * rows
-    strip = lambda at: einsum("snd,sne->sde", weighted[..., at : at + width], rows[..., at:])
-    return [strip(at) for at in range(0, d, width)]
+    strip = lambda a, b: einsum("snd,sne->sde", weighted[..., a:b], rows[..., a:])
+    return [strip(a, b) for a, b in pairwise(edges)]
 
 
-def from_strips(strips: list[Float[Array, "S b c"]]) -> Float[Array, "S d d"]:
+def from_strips(strips: list[Float[Array, "S _ _"]]) -> Float[Array, "S d d"]:
     """The symmetric matrices of which `gram_strips` answers strips."""
     d = strips[0].shape[-1]
     filled = lambda strip: jnp.pad(strip, ((0, 0), (0, 0), (d - strip.shape[-1], 0)))

@@ -10,7 +10,7 @@ from .._taps import Layer, Rows
 from .fisher import Fisher
 from .ggn import GaussNewton
 from .kronecker import EigenBlock, Kronecker
-from .kronecker_rows import sum_over_examples
+from .kronecker_rows import sum_over_examples, watched
 
 
 @eqx.filter_jit
@@ -38,11 +38,14 @@ def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, mo
         rows = [jax.vmap(b.layer.rows)(part) for b, part in zip(blocks, parts)]
         return [_squares(b, row, weights) for b, row in zip(blocks, rows)]
 
-    def gradients(layer, parts):
-        row = jax.eval_shape(layer.rows, parts)
-        return 0 if row.right.shape[-2] == 1 else 2 * row.left.shape[0] * layer.size
+    def alive(layer, parts):
+        rows = jax.eval_shape(layer.rows, parts)
+        joined = 3 * (rows.left.size + rows.right.size) if len(parts) > 1 else 0
+        if rows.indexed or rows.is_rank_one:
+            return joined
+        return joined + 2 * rows.left.shape[0] * layer.size
 
-    totals = sum_over_examples(squares, fisher, risk, model, gradients)
+    totals = sum_over_examples(squares, fisher, risk, watched(risk, model), alive)
     return [total / risk.n for total in totals]
 
 

@@ -20,23 +20,23 @@ from .kronecker_rows import sum_over_examples, watched
 @eqx.filter_jit
 def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, model: Model):
     """The left and the right factor of each layer: the curvature is left ⊗ right."""
-    layers = watched(risk, model).layers
+    watch = watched(risk, model)
 
-    def moments(parts, weights):
+    def of_block(parts, weights):
         return [
             [
                 _moments(layer, turn, _shared(rows, sharing), weights)
                 for turn, rows in zip(_TURNS, own)
             ]
-            for layer, own in zip(layers, parts)
+            for layer, own in zip(watch.layers, parts)
         ]
 
-    sums = sum_over_examples(moments, fisher, risk, model)
+    sums = sum_over_examples(of_block, fisher, risk, watch)
     total = jnp.sum(risk.weights)
     pair = lambda turn, left, right: (_whole(left) / risk.n, _whole(right) / total)[::turn]
     return [
         _product(layer, [pair(turn, *moments) for turn, moments in zip(_TURNS, own)])
-        for layer, own in zip(layers, sums)
+        for layer, own in zip(watch.layers, sums)
     ]
 
 

@@ -15,12 +15,12 @@ from .._taps import Layer, Rows, Uncovered, Watched
 from .fisher import Fisher
 from .ggn import GaussNewton
 
-# The places of one layer that see its matrix as it is, and those that see it transposed.
+# One layer's rows: of the places that see its matrix as it is, and, where there are such, transposed.
 Parts = tuple[Rows, ...]
 Total = TypeVar("Total")
 
-# More examples at a time than these, or than have rows of so many bytes, are no faster: a processor's
-# cache no longer holds what is made of them.
+# On a CPU more examples at a time than these, or than have rows of so many bytes, are no faster: what is
+# made of them leaves its cache.
 _MOST, _CACHED = 512, 16 * 2**20
 
 
@@ -54,30 +54,22 @@ def applied_once(risk: EmpiricalRisk, model: Model) -> list[bool]:
     return [row.is_rank_one for row in rows]
 
 
-def _example_parts(fisher: GaussNewton | Fisher, watch: Watched, risk: EmpiricalRisk):
-    """(example, its number) ↦ the rows of its gradients for the Fisher's cotangents, layer by layer."""
-
-    def parts(example, i) -> list[Parts]:
-        x, y = example
-        cotangents = lambda output: fisher.cotangents(risk.loss, output, y, i)
-        return watch.parts(x, cotangents)[1]
-
-    return parts
-
-
 def sum_over_examples(
     of_block: Callable[[list[Parts], Float[Array, " b"]], Total],
     fisher: GaussNewton | Fisher,
     risk: EmpiricalRisk,
-    model: Model,
+    watch: Watched,
     alive: Callable[[Layer, Parts], int] = lambda layer, parts: 0,
 ) -> Total:
-    """Σ `of_block(rows, weights)` over blocks of examples.
+    """Σ `of_block(parts, weights)` over blocks of examples, `parts` the rows of their gradients for the
+    Fisher's cotangents, layer by layer.
 
-    `alive`: how many numbers of an example it keeps alive for a layer, beside three times its rows.
+    `alive`: how many numbers of an example `of_block` holds for a layer, beside three times its parts.
     """
-    watch = watched(risk, model)
-    parts = _example_parts(fisher, watch, risk)
+
+    def parts(example, i) -> list[Parts]:
+        x, y = example
+        return watch.parts(x, lambda output: fisher.cotangents(risk.loss, output, y, i))[1]
 
     def block(args):
         data, i, weights = args
@@ -85,7 +77,7 @@ def sum_over_examples(
 
     one = jax.eval_shape(parts, take(risk.data, 0), 0)
     items = sum(x.size for x in jtu.tree_leaves(one))
-    others = sum(alive(*layer) for layer in zip(watch.layers, one))
+    others = sum(alive(layer, own) for layer, own in zip(watch.layers, one))
     dtype = risk.weights.dtype
     cached = max(1, _CACHED // (items * dtype.itemsize))
     chunk = min(_MOST, cached, chunk_length(3 * items + others, dtype))
