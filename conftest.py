@@ -27,7 +27,7 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Small problems: compiling them well costs more than running them badly, and emitters of fusions are
-# half of compiling. XLA stops at a flag that it does not know, hence the version. It reads flags once,
+# slow to compile. XLA stops at a flag that it does not know, hence the version. It reads flags once,
 # at `jax.devices()`: processes that tests start, such as notebooks' kernels, run without this one.
 jax.config.update("jax_disable_most_optimizations", True)
 if version("jaxlib").startswith("0.10."):

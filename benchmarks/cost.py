@@ -6,8 +6,8 @@ Passes: the network of the task "mlp" on its 4,000 training points, float32. A g
 all points, a forward pass all their losses. What of EK-FAC's fit runs over the data, the factors and the
 diagonal in their eigenbasis, is timed apart from the eigenvectors. The times of a row are the least of
 several warm calls that take turns, each after a pause: LAPACK's threads keep a processor busy for some
-50 ms after their work is done, which would be charged to whatever comes next. Within a whole fit there
-is no pause: it takes longer than its parts.
+time after their work is done, which would be charged to whatever comes next. Within a whole fit there is
+no pause: it takes longer than its parts.
 
 Growth: synthetic inputs of 256 features, 256-width-width-10 networks at their initial weights, EK-FAC of
 tolerance 0.05; fit, 64 queries against all n, self-influence, each setting in a process of its own, of
