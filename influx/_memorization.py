@@ -8,11 +8,13 @@ import jax.nn as jnn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ._chunks import chunk_length, map_blocks, take
+from ._checks import check_whole
+from ._chunks import take
 from ._custom_types import Model
 from ._influence import Influence, check_influence
 from ._linalg import ravel
 from ._measurement import Margin
+from ._response import Without
 from ._risk import EmpiricalRisk
 from ._validate import class_logits_shape, require_labels
 
@@ -37,7 +39,9 @@ class Memorization(eqx.Module):
     label: Int[Array, " n"]
 
 
-def memorization(f: Influence, step: Literal["first-order", "newton"] = "newton") -> Memorization:
+def memorization(
+    f: Influence, step: Literal["first-order", "newton"] = "newton", *, refine: int = 0
+) -> Memorization:
     """Which training points are memorized, and which are generalized upon.
 
     With γᵢ = z_y − logsumexp_{c≠y} z_c the point's own log-odds margin:
@@ -48,34 +52,50 @@ def memorization(f: Influence, step: Literal["first-order", "newton"] = "newton"
 
     A label is about the point, given the others; whether the point helps the others is its `value`.
 
-    **Arguments:** `step`: how γᵢ(θ̂₋ᵢ) is predicted. `"newton"`: evaluated after one Newton step
-    without the point, γᵢ(θ̂) + γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), δ₀ being 0 at a minimum (Hessian or
-    GaussNewton). `"first-order"`: γᵢ(θ̂) − wᵢ I(i; γᵢ)/n, any curvature.
+    **Arguments:**
 
-    **Raises:** `ValueError` for an unknown step, a loss without classes, or "newton" with a curvature
-    that does not know one point's share. Measurement, scale and effect of `f` play no part.
+    - `step`: how γᵢ(θ̂₋ᵢ) is predicted. `"newton"`: evaluated after one Newton step without the point,
+      γᵢ(θ̂) + γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), δ₀ being 0 at a minimum (Hessian or GaussNewton).
+      `"first-order"`: γᵢ(θ̂) − wᵢ I(i; γᵢ)/n, any curvature.
+    - `refine`: chord steps after the Newton step, θ̃ ← θ̃ − H⁻¹∇J₋ᵢ(θ̃).
 
-    **Cost:** n solves and n gradients, whichever step.
+    **Raises:** `ValueError` for an unknown step, a loss without classes, "newton" with a curvature
+    that does not know one point's share, or `refine` without "newton". An error at run time where chord
+    steps do not converge. Measurement, scale and effect of `f` play no part.
+
+    **Cost:** n solves and n gradients, whichever step; each chord step n gradients of J and n solves.
 
     **Source:** the definitions are this project's own, after Kounavis, Dia & Ramazanli,
     arXiv:2305.16094; the score is the soft form of Feldman & Zhang, arXiv:2008.03703. `certify` turns
     the predictions into enclosures.
     """
     check_influence("memorization", f)
-    if step not in ("first-order", "newton"):
-        raise ValueError(f'`step` must be "first-order" or "newton", got {step!r}.')
+    refine = check_step(f, step, refine)
     class_logits_shape(f.risk, f.model)
     require_labels(f.risk)
+    return _memorization(f, step, jnp.asarray(refine))
+
+
+def check_step(f: Influence, step: str, refine: int) -> int:
+    """Refuse a step that `f` cannot take, before any work; the number of chord steps after it."""
+    if step not in ("first-order", "newton"):
+        raise ValueError(f'`step` must be "first-order" or "newton", got {step!r}.')
+    refine = check_whole("refine", refine, least=0, hint=" It counts chord steps.")
     if step == "newton":
         f.response.check_displace()
-    return _memorization(f, step)
+    elif refine > 0:
+        raise ValueError(
+            f"`refine` counts chord steps after a Newton step; got refine={refine} at "
+            'step="first-order". Use step="newton", or leave it out.'
+        )
+    return refine
 
 
 @eqx.filter_jit
-def _memorization(f: Influence, step: str) -> Memorization:
+def _memorization(f: Influence, step: str, refine: Array) -> Memorization:
     margin, correct = own_margins(f.risk, f.model)
-    change = {"first-order": _first_order_change, "newton": _newton_change}[step](f)
-    without = margin + change
+    newton = step == "newton"
+    without = margin + (_newton_change(f, refine) if newton else _first_order_change(f))
     return Memorization(
         margin, without, jnn.sigmoid(margin) - jnn.sigmoid(without), correct,
         memorization_label(margin, without),
@@ -102,19 +122,19 @@ def own_margins(risk: EmpiricalRisk, model: Model) -> tuple[Float[Array, " n"], 
     return jax.vmap(one)(risk.data)
 
 
-def _newton_change(f: Influence) -> Float[Array, " n"]:
-    """γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), chunk by chunk of points."""
+def _newton_change(f: Influence, refine: Array) -> Float[Array, " n"]:
+    """γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), both refined, chunk by chunk of points."""
     theta, rebuild = ravel(f.model)
-    settled = rebuild(theta + f.response.settle())
+    without = Without(f.response)
+    settled = rebuild(theta + without.settled(refine))
     before = jax.vmap(lambda z: Margin()(f.risk, settled, z))(f.risk.data)
 
     def after(indices):
-        steps = f.response.displace(indices)
+        steps = without.converged(indices, refine)
         own = lambda step, z: Margin()(f.risk, rebuild(theta + step), z)
         return jax.vmap(own)(steps, take(f.risk.data, indices))
 
-    chunk = min(f.risk.n, chunk_length(8 * theta.size, theta.dtype))
-    return map_blocks(after, f.risk.n, chunk) - before
+    return without.mapped(after) - before
 
 
 def _first_order_change(f: Influence) -> Float[Array, " n"]:

@@ -119,3 +119,9 @@ def steps(problem: Problem, vectors: np.ndarray, kind: str = "newton") -> np.nda
     """The predicted change of vᵀθ when a point is removed, [k, n]; for v = e_k the step itself."""
     f = ix.removal(ix.measure(handle(problem), project), kind)
     return np.asarray(f(jnp.asarray(vectors)))
+
+
+def value(problem: Problem, step: str = "newton", refine: int = 0) -> np.ndarray:
+    """The value of each point to the queries, erased and renormalised, [2, n]."""
+    found = ix.value(handle(problem), queries(problem), step, refine=refine)
+    return np.stack([found.value, found.value_centred])

@@ -87,6 +87,8 @@ def world() -> SimpleNamespace:
         groups=ix.groups(f, MASKS),
         first=ix.removal(f, "first-order"),
         newton=ix.removal(f, "newton"),
+        absent=ix.influence(risk(weights=put(np.ones(N), 0, 0.0)), model),
+        diagonal=ix.influence(risk(), model, ix.Diagonal()),
         squares=ix.influence(squares, model),
         custom=ix.influence(custom, model),
         scalar_logits=ix.influence(risk(loss=scalar), model),
@@ -728,6 +730,36 @@ VERBS = {
         lambda w: ix.value(w.f, (Xq[:1], yq[:1])),
         "at least 2 examples.*got 1",
         r"sign of `f\(queries\)`",
+    ),
+    "step of a value": (
+        lambda w: ix.value(w.f, (Xq, yq), "second-order"),
+        "`step`.*got 'second-order'",
+        '"first-order" or "newton"',
+    ),
+    "refine of a derivative": (
+        lambda w: ix.value(w.f, (Xq, yq), refine=1),
+        'refine=1 at step="first-order"',
+        'step="newton"',
+    ),
+    "refine of memorization": (
+        lambda w: ix.memorization(w.f, "first-order", refine=np.int64(2)),
+        'refine=2 at step="first-order"',
+        'step="newton"',
+    ),
+    "refine negative": (
+        lambda w: ix.value(w.f, (Xq, yq), "newton", refine=-1),
+        "`refine`.*got -1",
+        "chord steps",
+    ),
+    "value of no removal": (
+        lambda w: ix.value(w.absent, (Xq, yq), "newton"),
+        "points, 1 of weight 0",
+        'step="first-order"',
+    ),
+    "value without a Newton step": (
+        lambda w: ix.value(w.diagonal, (Xq, yq), "newton"),
+        "what one point adds",
+        "first-order",
     ),
     "bound steps": (
         lambda w: ix.restriction_bound(w.f, lambda m: m.bias, (Xq, yq), steps=0),

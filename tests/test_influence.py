@@ -306,6 +306,11 @@ def everything(risk, model, queries) -> list:
     """What every verb answers that works through training points or queries in blocks."""
     dense, rows = ix.influence(risk, model), ix.influence(risk, model, ix.CG(ix.Hessian()))
     answers = [ix.memorization(dense), ix.value(dense, queries), ix.self_influence(rows)]
+    weights = jnp.where(risk.weights > 0, risk.weights, 0.7)
+    removable = ix.influence(risk.with_weights(weights), model)
+    answers += [
+        ix.memorization(rows, refine=1), ix.value(removable, queries, "newton", refine=1),
+    ]  # fmt: skip
     for f in (dense, rows):
         answers += [
             ix.removal(ix.classification(f), "newton")(queries),

@@ -15,6 +15,7 @@ from influx._certify.affine import affine
 from influx._certify.enclosure import gradient_rounding
 from influx._gradients import risk_gradient
 from influx._linalg import ravel
+from influx._measurement import Margin
 from influx.testing import BrokenLaw
 from tests.helpers import linear_model, problem
 
@@ -204,6 +205,65 @@ def test_the_renormalised_certificate_is_that_of_the_mean_over_the_rest():
     erased = ix.certify(f, queries, mean=True, refine=2)
     erasing = float(jnp.max(jnp.abs((erased.lower + erased.upper) / 2 - truth)))
     assert errors[2] < 0.1 * errors[0] < 0.1 * min(float(jnp.max(jnp.abs(first - truth))), erasing)
+
+
+def all_weighted():
+    """A problem none of whose points weighs 0, and its minimum."""
+    _, risk, model, queries = problem("softmax")
+    risk = risk.with_weights(jnp.where(risk.weights > 0, risk.weights, 0.7))
+    return risk, ix.fit(risk, model, ix.Newton(tolerance=1e-12)), queries
+
+
+def without_each(risk, model, renormalise: bool = False) -> list:
+    """The models of retraining without each point."""
+    rest = [risk.weights.at[i].set(0) for i in range(risk.n)]
+    grown = [w * jnp.sum(risk.weights) / jnp.sum(w) if renormalise else w for w in rest]
+    return [ix.fit(risk.with_weights(w), model, ix.Newton(tolerance=1e-12)) for w in grown]
+
+
+@pytest.mark.parametrize("off", [0.0, 0.01])
+def test_chord_steps_take_value_and_memorization_to_retraining(off):
+    """At a minimum and near one, with weights, in both conventions."""
+    risk, model, queries = all_weighted()
+    theta, rebuild = ravel(model)
+    f, n = ix.influence(risk, rebuild(theta + off), ix.Hessian(damping=0.01)), risk.n
+    lost = lambda after: risk.losses(after, queries) - risk.losses(model, queries)
+    erased = [without_each(risk, model, renormalise) for renormalise in (False, True)]
+    changes = np.array([[lost(after) for after in models] for models in erased])
+    truth = n / np.asarray(risk.weights)[None, :, None] * changes
+    error = truth[0].std(axis=1, ddof=1) / np.sqrt(truth.shape[2])
+    found = ix.value(f, queries, "newton", refine=30)
+    np.testing.assert_allclose(found.value, truth[0].mean(axis=1), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.value_centred, truth[1].mean(axis=1), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.standard_error, error, rtol=1e-6)
+    sure = np.abs(truth[0].mean(axis=1)) >= 2 * error
+    assert ((np.asarray(found.verdict) == 2) == ~sure).all()
+    margin = Margin()
+    own = lambda m, i: margin(risk, m, jax.tree.map(lambda x: x[i], risk.data))
+    moved = [float(own(after, i) - own(model, i)) for i, after in enumerate(erased[0])]
+    points = ix.memorization(f, refine=30)
+    np.testing.assert_allclose(points.margin_without - points.margin, moved, rtol=1e-6, atol=1e-9)
+
+
+def test_without_chord_steps_a_value_is_the_mean_of_newton_removals():
+    risk, model, queries = all_weighted()
+    f = ix.influence(risk, model)
+    mean = jnp.mean(ix.removal(f, "newton")(queries), axis=0) * risk.n / risk.weights
+    np.testing.assert_allclose(ix.value(f, queries, "newton").value, mean, rtol=1e-9)
+
+
+def test_chord_steps_that_do_not_converge_are_refused():
+    """Where all points are fitted beyond doubt the Hessian is nearly 0, and each step goes too far."""
+    risk, model, queries = all_weighted()
+    theta, rebuild = ravel(model)
+    risk = ix.EmpiricalRisk(risk.data, risk.loss, l2=1e-6)
+    f = ix.influence(risk, rebuild(40 * theta))
+    for verb in (
+        lambda k: ix.value(f, queries, "newton", refine=k),
+        lambda k: ix.memorization(f, refine=k),
+    ):
+        with pytest.raises(eqx.EquinoxRuntimeError, match="do not converge"):
+            jax.block_until_ready(verb(4))
 
 
 # --- rounding: the truth in extended precision ------------------------------------------------------

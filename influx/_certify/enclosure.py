@@ -13,7 +13,7 @@ from .._gradients import risk_gradient
 from .._influence import Influence
 from .._linalg import dot, ravel
 from .._loss import LossConstants
-from .._response import implicit_response
+from .._response import Without, implicit_response
 from .affine import affine_jacobian, output_sizes, output_struct
 from .ball import slope_scale
 
@@ -24,56 +24,23 @@ def loss_constants(f: Influence) -> LossConstants:
 
 def enclosures(f: Influence, tier: int, refine: Array, renormalise: bool) -> Callable:
     """The map from points i to θ̃ᵢ − θ̂ [k, P] and rᵢ ≥ ‖θ̂₋ᵢ − θ̃ᵢ‖ [k] (P11)."""
-    growth = _growth(f.risk.weights) if renormalise else jnp.ones_like(f.risk.weights)
-    if tier == 2:
-        slopes = _bounded_slopes(f)
-    else:
-        slopes = _evaluated_slopes(f, refine, growth, _drift(f) if renormalise else None)
+    without = Without(f.response, renormalise)
     # Twice where the weights grow: their growth is a sum of n terms as well.
-    grown = jnp.max(growth) * (2 if renormalise else 1)
+    grown = jnp.max(without.growth) * (2 if renormalise else 1)
     rounding, mu = gradient_rounding(f, grown), jnp.min(f.risk.l2_vector(f.model))
     of_norm = _norm_rounding(f)
+
+    def evaluated(indices):
+        steps, _ = without.steps(indices, refine)
+        return steps, jnp.linalg.norm(without.slopes(indices, steps), axis=1)
+
+    slopes = evaluated if tier == 1 else _bounded_slopes(f)
 
     def enclose(indices):
         steps, slope = slopes(indices)
         return steps, (of_norm * slope + rounding(steps)) / mu
 
     return enclose
-
-
-def _growth(weights: Float[Array, " n"]) -> Float[Array, " n"]:
-    """W/(W − wᵢ): what the other points' weights grow by where the mean is over them alone. The
-    others are summed from both ends, since W − wᵢ cancels."""
-    before = lambda w: jnp.concatenate([jnp.zeros_like(w[:1]), jnp.cumsum(w)[:-1]])
-    others = before(weights) + before(weights[::-1])[::-1]
-    return jnp.where(weights > 0, (others + weights) / others, 1)
-
-
-def _drift(f: Influence) -> Float[Array, " P"]:
-    """H⁻¹∇Ω: where the model moves to first order, as the weights of all points grow.
-
-    J₋ᵢ(θ, s·w) has the minimiser of J₋ᵢ(θ, w) − (1 − 1/s) Ω(θ)."""
-    theta, _ = ravel(f.model)
-    return f.response.solve((f.risk.l2_vector(f.model) * theta)[None])[0]
-
-
-def _evaluated_slopes(f: Influence, refine: Array, growth: Array, drift: Array | None) -> Callable:
-    """θ̃ᵢ − θ̂ after `refine` chord steps, and ‖∇J₋ᵢ(θ̃ᵢ)‖."""
-    theta, rebuild = ravel(f.model)
-
-    def gradient(i, step):
-        weights = growth[i] * f.risk.weights.at[i].set(0)
-        return risk_gradient(f.risk, rebuild(theta + step), weights)
-
-    def slopes(indices):
-        steps = f.response.displace(indices)
-        if drift is not None:
-            steps = steps + (1 - 1 / growth[indices])[:, None] * drift[None]
-        chord = lambda _, s: s - f.response.solve(jax.vmap(gradient)(indices, s))
-        steps = jax.lax.fori_loop(0, refine, chord, steps)
-        return steps, jnp.linalg.norm(jax.vmap(gradient)(indices, steps), axis=1)
-
-    return slopes
 
 
 def _bounded_slopes(f: Influence) -> Callable:
