@@ -8,13 +8,13 @@ import jax.nn as jnn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ._checks import check_whole
 from ._chunks import take
 from ._custom_types import Model
+from ._engine import map_points
 from ._influence import Influence, check_influence
 from ._linalg import ravel
 from ._measurement import Margin
-from ._response import Without
+from ._response import Without, check_step, require_convergence
 from ._risk import EmpiricalRisk
 from ._validate import class_logits_shape, require_labels
 
@@ -57,11 +57,11 @@ def memorization(
     - `step`: how γᵢ(θ̂₋ᵢ) is predicted. `"newton"`: evaluated after one Newton step without the point,
       γᵢ(θ̂) + γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), δ₀ being 0 at a minimum (Hessian or GaussNewton).
       `"first-order"`: γᵢ(θ̂) − wᵢ I(i; γᵢ)/n, any curvature.
-    - `refine`: chord steps after the Newton step, θ̃ ← θ̃ − H⁻¹∇J₋ᵢ(θ̃).
+    - `refine`: chord steps after the Newton step, θ̃ ← θ̃ − (H + λI)⁻¹∇J₋ᵢ(θ̃), and after δ₀ with ∇J.
 
     **Raises:** `ValueError` for an unknown step, a loss without classes, "newton" with a curvature
-    that does not know one point's share, or `refine` without "newton". An error at run time where chord
-    steps do not converge. Measurement, scale and effect of `f` play no part.
+    that does not know one point's share, or `refine` without "newton"; `RuntimeError` naming the points
+    whose chord steps diverge. Measurement, scale and effect of `f` play no part.
 
     **Cost:** n solves and n gradients, whichever step; each chord step n gradients of J and n solves.
 
@@ -70,36 +70,23 @@ def memorization(
     the predictions into enclosures.
     """
     check_influence("memorization", f)
-    refine = check_step(f, step, refine)
     class_logits_shape(f.risk, f.model)
     require_labels(f.risk)
-    return _memorization(f, step, jnp.asarray(refine))
-
-
-def check_step(f: Influence, step: str, refine: int) -> int:
-    """Refuse a step that `f` cannot take, before any work; the number of chord steps after it."""
-    if step not in ("first-order", "newton"):
-        raise ValueError(f'`step` must be "first-order" or "newton", got {step!r}.')
-    refine = check_whole("refine", refine, least=0, hint=" It counts chord steps.")
-    if step == "newton":
-        f.response.check_displace()
-    elif refine > 0:
-        raise ValueError(
-            f"`refine` counts chord steps after a Newton step; got refine={refine} at "
-            'step="first-order". Use step="newton", or leave it out.'
-        )
-    return refine
+    refine = check_step(f.response, step, refine)
+    return require_convergence(*_memorization(f, step, refine))
 
 
 @eqx.filter_jit
-def _memorization(f: Influence, step: str, refine: Array) -> Memorization:
+def _memorization(f: Influence, step: str, refine: int) -> tuple[Memorization, Bool[Array, " n"]]:
     margin, correct = own_margins(f.risk, f.model)
-    newton = step == "newton"
-    without = margin + (_newton_change(f, refine) if newton else _first_order_change(f))
-    return Memorization(
-        margin, without, jnn.sigmoid(margin) - jnn.sigmoid(without), correct,
-        memorization_label(margin, without),
-    )  # fmt: skip
+    if step == "newton":
+        change, converge = _newton_change(f, refine)
+    else:
+        change, converge = _first_order_change(f), jnp.ones(f.risk.n, bool)
+    without = margin + change
+    score = jnn.sigmoid(margin) - jnn.sigmoid(without)
+    label = memorization_label(margin, without)
+    return Memorization(margin, without, score, correct, label), converge
 
 
 def memorization_label(
@@ -122,19 +109,20 @@ def own_margins(risk: EmpiricalRisk, model: Model) -> tuple[Float[Array, " n"], 
     return jax.vmap(one)(risk.data)
 
 
-def _newton_change(f: Influence, refine: Array) -> Float[Array, " n"]:
-    """γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), both refined, chunk by chunk of points."""
+def _newton_change(f: Influence, refine: int) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
+    """γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), both refined, a block of points at a time; and whether they converge."""
     theta, rebuild = ravel(f.model)
     without = Without(f.response)
-    settled = rebuild(theta + without.settled(refine))
-    before = jax.vmap(lambda z: Margin()(f.risk, settled, z))(f.risk.data)
+    rest, settles = without.settled(refine)
+    before = jax.vmap(lambda z: Margin()(f.risk, rebuild(theta + rest), z))(f.risk.data)
 
     def after(indices):
-        steps = without.converged(indices, refine)
+        steps, converge = without.steps(indices, f.response.displace(indices), refine)
         own = lambda step, z: Margin()(f.risk, rebuild(theta + step), z)
-        return jax.vmap(own)(steps, take(f.risk.data, indices))
+        return jax.vmap(own)(steps, take(f.risk.data, indices)), converge
 
-    return without.mapped(after) - before
+    margins, converge = map_points(after, f.risk.n, f.response.limits, theta.dtype)
+    return margins - before, converge & settles
 
 
 def _first_order_change(f: Influence) -> Float[Array, " n"]:

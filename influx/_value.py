@@ -1,22 +1,23 @@
 """The value of a training point to the others: its effect on held-out loss."""
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._checks import is_concrete
 from ._chunks import chunked_sum, leading_length, take
 from ._effect import Derivative
+from ._engine import map_points
 from ._influence import Influence, check_influence, prepared_queries, scheduled
 from ._linalg import ravel
 from ._measurement import Loss
-from ._memorization import check_step
-from ._response import Without
+from ._response import Without, check_step, require_convergence
 from ._scale import Unscaled
 from ._validate import check_queries
 
@@ -26,8 +27,8 @@ VERDICTS = ("helpful", "harmful", "undecided")
 class Value(eqx.Module):
     """What `value` found, per training point.
 
-    - `value`: Gᵢ = −I(i; L_V), positive = helpful; erasing the point changes L_V by about wᵢGᵢ/n
-    - `value_centred`: Gᵢ − Ḡ, the same where training renormalises (a mean over the points left)
+    - `value`: Gᵢ, positive = helpful; erasing the point changes L_V by about wᵢGᵢ/n
+    - `value_centred`: the same where training renormalises (a mean over the points left)
     - `standard_error`: that of Gᵢ, since V is a sample
     - `verdict`: 0 helpful, 1 harmful, 2 undecided (`influx.VERDICTS` names them)
     """
@@ -47,39 +48,42 @@ def value(
 ) -> Value:
     """Whether each training point helps or harms the model on held-out data.
 
-    Gᵢ = −I(i; L_V) with L_V the mean loss over `heldout` = (inputs, targets). Gᵢ > 0: *helpful*,
-    removing the point raises the held-out loss; Gᵢ ≤ 0: *harmful*. |Gᵢ| < 2 standard errors is
-    *undecided*: another held-out sample might say otherwise.
+    Gᵢ > 0: *helpful*, removing the point raises the mean loss L_V over `heldout` = (inputs, targets);
+    Gᵢ ≤ 0: *harmful*. |Gᵢ| < 2 standard errors is *undecided*: another held-out sample might say
+    otherwise. That is about V, which is a sample; whether the sign is right for this V is what `step`,
+    and `certify(f, heldout, mean=True)`, are about.
+
+    **Arguments:**
+
+    - `heldout`: what no choice about the model has seen. On the training data effects cancel: without
+      a regulariser they sum to 0, and every point looks harmful to the *other* ones (P4).
+    - `step`: `"first-order"`: Gᵢ = −I(i; L_V), a derivative, of any curvature. It can have another
+      sign than removing the whole point has: where that changes little, or the point's leverage is
+      large. `"newton"`: that change itself, in the same unit, Gᵢ = (n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̃)], L_V
+      evaluated at θ̃ᵢ, one Newton step without the point and `refine` chord steps on; θ̃ is the same with
+      every point kept, θ̂ at a minimum.
+    - `refine`: chord steps θ̃ᵢ ← θ̃ᵢ − H⁻¹∇J₋ᵢ(θ̃ᵢ), which end where retraining does. `certify(f, heldout,
+      mean=True, refine=...)` takes the same and proves signs. Ask for float64: L_V(θ̃ᵢ) − L_V(θ̃) is a
+      small difference, of which float32 loses what a derivative keeps.
 
     **Two conventions.** `value` erases (1/n and l2 stay); `value_centred` renormalises (the mean over
-    n − 1 points, as training with weight decay does): removing then changes L_V by about
-    wᵢ(Gᵢ − Ḡ)/n, Ḡ the weighted mean. Each is positive where a removal of its own kind raises L_V;
-    verdicts are those of `value`.
-
-    **The sign of a removal.** A derivative can have another sign than the change that removing the whole
-    point makes: where the change is minute, or the point's leverage large. `step="newton"` takes that
-    change itself, in the same unit: (n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̂)], L_V evaluated at θ̃ᵢ, one Newton step
-    without the point and `refine` chord steps on (as in `certify`, which proves such signs). In
-    `value_centred` the others then take over the point's weight; its first order is Gᵢ − Ḡ. Off a
-    minimum, θ̂ too is refined, with every point kept.
-
-    Read it on held-out data only. On the training data effects cancel: without a regulariser they sum
-    to 0 over all points, and every point looks harmful to the *other* ones (P4).
+    n − 1 points, as training with weight decay does): the other points take over the weight of the one
+    removed. To first order it is Gᵢ − Ḡ, Ḡ the weighted mean, and the change of L_V about wᵢ(Gᵢ − Ḡ)/n.
+    Each is positive where a removal of its own kind raises L_V; verdicts are those of `value`.
 
     **Raises:** `ValueError` for held-out data that do not look like the training data, fewer than two
     of them, or an `f` under a transform (a value is of single points, and plain); for "newton", where
-    the curvature does not know one point's share (`removal` says which do), points of weight 0 or a
-    single point. An error at run time where chord steps do not converge.
+    the curvature does not know one point's share (`removal` says which do), for points of weight 0, or
+    a single one. `RuntimeError` naming the points whose chord steps diverge.
 
     **Cost:** |V| solves, and a pass over the training data per block of queries that fits `memory`.
-    "newton": for each point and convention a Newton step, |V| losses, and `refine` gradients of J and
+    "newton": a Newton step a point; in both conventions |V| losses, and `refine` gradients of J and
     solves.
 
     **Source:** Kounavis, Dia & Ramazanli, arXiv:2305.16094 (sign of influence); Koh & Liang,
     arXiv:1703.04730; "newton": see `removal`.
     """
     check_influence("value", f)
-    refine = check_step(f, step, refine)
     require_plain(f, "value")
     check_queries(f.risk, f.model, heldout, "heldout")
     if leading_length(heldout) < 2:
@@ -87,11 +91,12 @@ def value(
             "`heldout` needs at least 2 examples, for a standard error; got 1. For a single query read "
             "the sign of `f(queries)`: negative is helpful."
         )
+    refine = check_step(f.response, step, refine)
     f = replace(f, measurement=Loss())
     if step == "first-order":
-        return _value(_first_order(f, heldout))
+        return _first_order(f, heldout)
     _check_removable(f)
-    return _value(_removed(f, jtu.tree_map(jnp.asarray, heldout), jnp.asarray(refine)))
+    return require_convergence(*_removed(f, jtu.tree_map(jnp.asarray, heldout), refine))
 
 
 def require_plain(f: Influence, verb: str) -> None:
@@ -106,52 +111,48 @@ def require_plain(f: Influence, verb: str) -> None:
 
 def _check_removable(f: Influence) -> None:
     weights = f.risk.weights
-    if is_concrete(weights) and (f.risk.n < 2 or not bool(jnp.all(weights > 0))):
+    absent = int(np.sum(np.asarray(weights) == 0)) if is_concrete(weights) else 0
+    if f.risk.n < 2 or absent:
         raise ValueError(
             'The value of a whole removal, `step="newton"`, is of points that can be removed: of more '
-            f"than one, of weights above 0; got {f.risk.n} points, {int(jnp.sum(weights == 0))} of "
-            'weight 0. Use `step="first-order"`, which says what a point would add as well.'
+            f"than one, of weights above 0; got {f.risk.n} points, {absent} of weight 0. Use "
+            '`step="first-order"`, which says what a point would add as well.'
         )
 
 
-class _Found(NamedTuple):
-    """What is said of each point where it is erased, where the rest take over, and the first's
-    standard error."""
-
-    value: Float[Array, " n"]
-    centred: Float[Array, " n"]
-    standard_error: Float[Array, " n"]
-
-
 @eqx.filter_jit
-def _first_order(f: Influence, heldout: PyTree[Array]) -> _Found:
+def _first_order(f: Influence, heldout: PyTree[Array]) -> Value:
     """−I(i; L_V), and the same less its mean."""
     m, weights = leading_length(heldout), f.risk.weights
     mean, square = _moments(f, heldout)
     centred = jnp.vdot(weights, mean) / jnp.sum(weights) - mean
-    return _Found(-mean, centred, jnp.sqrt(square / (m * (m - 1))))
+    return _judged(-mean, centred, jnp.sqrt(square / (m * (m - 1))))
 
 
 @eqx.filter_jit
-def _removed(f: Influence, heldout: PyTree[Array], refine: Array) -> _Found:
-    """(n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̂)] in both conventions, a block of points at a time."""
+def _removed(f: Influence, heldout: PyTree[Array], refine: int) -> tuple[Value, Bool[Array, " n"]]:
+    """(n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̂)] in both conventions, a block of points at a time, and whether the
+    steps to them converge."""
     theta, rebuild = ravel(f.model)
     m, per_weight = leading_length(heldout), f.risk.n / f.risk.weights
     losses = lambda step: f.risk.losses(rebuild(theta + step), heldout)
-    erased, renormalised = Without(f.response), Without(f.response, renormalise=True)
-    before = losses(erased.settled(refine))
-
-    def changes(without: Without, points) -> Float[Array, "b m"]:
-        steps = without.converged(points, refine)
-        return per_weight[points, None] * (jax.vmap(losses)(steps) - before[None])
+    conventions = Without(f.response), Without(f.response, renormalise=True)
+    rest, settles = conventions[0].settled(refine)
+    before = losses(rest)
 
     def block(points):
-        found = changes(erased, points)
-        spread = jnp.std(found, axis=1, ddof=1) / jnp.sqrt(m)
-        centred = jnp.mean(changes(renormalised, points), axis=1)
-        return _Found(jnp.mean(found, axis=1), centred, spread)
+        displaced, all_converge, found = f.response.displace(points), settles, []
+        for without in conventions:
+            steps, converge = without.steps(points, displaced, refine)
+            change = jax.vmap(losses)(steps) - before[None]
+            found.append(per_weight[points, None] * change)
+            all_converge &= converge
+        erased, rest = found
+        spread = jnp.std(erased, axis=1, ddof=1) / jnp.sqrt(m)
+        return jnp.mean(erased, axis=1), jnp.mean(rest, axis=1), spread, all_converge
 
-    return erased.mapped(block)
+    *found, converge = map_points(block, f.risk.n, f.response.limits, theta.dtype)
+    return _judged(*found), converge
 
 
 def _moments(f: Influence, heldout: PyTree[Array]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
@@ -170,8 +171,7 @@ def _moments(f: Influence, heldout: PyTree[Array]) -> tuple[Float[Array, " n"], 
     return first + total / m, jnp.maximum(squares - jnp.square(total) / m, 0)
 
 
-@eqx.filter_jit
-def _value(found: _Found) -> Value:
-    G, centred, standard_error = found
-    verdict = jnp.where(jnp.abs(G) < 2 * standard_error, 2, jnp.where(G > 0, 0, 1))
-    return Value(G, centred, standard_error, verdict)
+def _judged(G, centred, standard_error) -> Value:
+    helpful = jnp.where(G > 0, 0, 1)
+    decided = jnp.abs(G) >= 2 * standard_error  # not so where G is NaN
+    return Value(G, centred, standard_error, jnp.where(decided, helpful, 2))

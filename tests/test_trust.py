@@ -252,18 +252,89 @@ def test_without_chord_steps_a_value_is_the_mean_of_newton_removals():
     np.testing.assert_allclose(ix.value(f, queries, "newton").value, mean, rtol=1e-9)
 
 
-def test_chord_steps_that_do_not_converge_are_refused():
+def separable(dtype):
+    """Three classes that a linear model tells apart without an error."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(100, 4))
+    y = np.argmax(x[:, :3] + 0.5, axis=1)
+    return jnp.asarray(x, dtype), jnp.asarray(y)
+
+
+@pytest.mark.parametrize("refine", [1, 2, 3, 8, 50])
+def test_chord_steps_that_diverge_are_refused(refine):
+    """At a minimum too: where a little l2 holds what few points decide, the Hessian without one of them
+    is another. Every number of steps sees it."""
+    risk = ix.EmpiricalRisk(separable(float), ix.SoftmaxCrossEntropy(), l2=1e-6)
+    f = ix.influence(risk, ix.fit(risk, linear_model(), ix.Newton()))
+    for verb in (
+        lambda: ix.value(f, risk.data, "newton", refine=refine),
+        lambda: ix.memorization(f, refine=refine),
+    ):
+        with pytest.raises(RuntimeError, match=r"of 100 points \(\d.* diverge.*refine=0"):
+            verb()
+    assert np.isfinite(ix.value(f, risk.data, "newton").value).all()
+
+
+@pytest.mark.parametrize("refine", [1, 2, 4, 10])
+def test_off_a_minimum_chord_steps_that_diverge_are_refused(refine):
     """Where all points are fitted beyond doubt the Hessian is nearly 0, and each step goes too far."""
     risk, model, queries = all_weighted()
     theta, rebuild = ravel(model)
-    risk = ix.EmpiricalRisk(risk.data, risk.loss, l2=1e-6)
-    f = ix.influence(risk, rebuild(40 * theta))
-    for verb in (
-        lambda k: ix.value(f, queries, "newton", refine=k),
-        lambda k: ix.memorization(f, refine=k),
+    f = ix.influence(ix.EmpiricalRisk(risk.data, risk.loss, l2=1e-6), rebuild(40 * theta))
+    with pytest.raises(RuntimeError, match="diverge"):
+        ix.value(f, queries, "newton", refine=refine)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounding_is_no_divergence(dtype, noise):
+    """Regression that fits to the last digit, and a classifier, after more steps than digits."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 4)).astype(dtype)
+    y = (x @ rng.normal(size=(4, 3)) + noise * rng.normal(size=(60, 3))).astype(dtype)
+    model = jax.tree.map(lambda p: p.astype(dtype), linear_model())
+    trainer = ix.Newton(tolerance=1e-6 if dtype == np.float32 else 1e-10)
+    for data, loss, l2 in (
+        ((x, y), ix.SquaredError(), 0.0),
+        (separable(dtype), ix.SoftmaxCrossEntropy(), 1e-2),
     ):
-        with pytest.raises(eqx.EquinoxRuntimeError, match="do not converge"):
-            jax.block_until_ready(verb(4))
+        risk = ix.EmpiricalRisk(data, loss, l2=l2)
+        f = ix.influence(risk, ix.fit(risk, model, trainer))
+        for refine in (1, 2, 7, 40):
+            assert np.isfinite(ix.value(f, data, "newton", refine=refine).value).all()
+
+
+def test_a_value_of_a_removal_is_traced_and_differentiated():
+    risk, model, queries = all_weighted()
+    f = ix.influence(risk, model)
+    want = ix.value(f, queries, "newton", refine=2)
+    inside = eqx.filter_jit(lambda q: ix.value(f, q, "newton", refine=2))(queries)
+    np.testing.assert_allclose(inside.value, want.value, rtol=1e-10)
+
+    def worth(scale):
+        x, y = queries
+        return ix.value(f, (scale * x, y), "newton", refine=2).value[0]
+
+    def remembered(model):
+        return ix.memorization(ix.influence(risk, model), refine=1).margin_without[0]
+
+    step = 1e-5
+    slope = (worth(1 + step) - worth(1 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(worth)(1.0), slope, rtol=1e-6)
+    theta, rebuild = ravel(model)
+    there = lambda e: remembered(rebuild(theta.at[0].add(e)))
+    slope = (there(step) - there(-step)) / (2 * step)
+    gradient, _ = ravel(eqx.filter_grad(remembered)(model))
+    np.testing.assert_allclose(gradient[0], slope, rtol=1e-5)
+
+
+def test_what_is_undefined_is_undecided():
+    """A weight that no trace can see to be 0."""
+    _, risk, model, queries = problem("softmax")
+    absent = np.asarray(risk.weights) == 0
+    found = eqx.filter_jit(lambda f: ix.value(f, queries, "newton"))(ix.influence(risk, model))
+    np.testing.assert_array_equal(np.isnan(np.asarray(found.value)), absent)
+    assert (np.asarray(found.verdict)[absent] == 2).all()
 
 
 # --- rounding: the truth in extended precision ------------------------------------------------------

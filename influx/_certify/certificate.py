@@ -14,7 +14,7 @@ from .._jacobian import output_jacobian
 from .._linalg import ravel
 from .._measurement import Margin
 from .._memorization import memorization_label
-from .._response import implicit_response
+from .._response import check_refine, implicit_response
 from .._scale import Unscaled
 from .._validate import class_logits_shape, require_labels
 from .affine import affine, affine_jacobian, affine_rows
@@ -83,7 +83,7 @@ def certify(
     - `renormalise`: the truth is training where the *other* points take over the weight of the removed
       one, wⱼ·W/(W − wᵢ) with W = Σw, so that equal weights of 1 give the mean over n − 1 points. By
       default the point is erased: 1/n stays. Tier 1 only. It is the removal whose first order is wᵢ/n
-      times `value(f, heldout).value_centred`, for weights that sum to n.
+      times `value(f, heldout).value_centred`.
 
     Rounding is enclosed as well: a term for the slope in every radius, and one for m itself. What the
     model's program computes of A and b in its outputs Aθ + b, from data and frozen layers, counts as
@@ -102,7 +102,7 @@ def certify(
     Hannun & van der Maaten, arXiv:1911.03030. Tiers and constants are this project's (P11).
     """
     check_influence("certify", f)
-    refine = check_whole("refine", refine, least=0, hint=" It counts chord steps.")
+    refine = check_refine(refine)
     mean, renormalise = check_flag("mean", mean), check_flag("renormalise", renormalise)
     tier = check_whole("tier", tier, most=2)
     _check(f, tier, refine, renormalise)

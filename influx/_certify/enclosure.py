@@ -31,13 +31,13 @@ def enclosures(f: Influence, tier: int, refine: Array, renormalise: bool) -> Cal
     of_norm = _norm_rounding(f)
 
     def evaluated(indices):
-        steps, _ = without.steps(indices, refine)
+        steps, _ = without.steps(indices, f.response.displace(indices), refine)
         return steps, jnp.linalg.norm(without.slopes(indices, steps), axis=1)
 
-    slopes = evaluated if tier == 1 else _bounded_slopes(f)
+    stepped = evaluated if tier == 1 else _bounded_slopes(f)
 
     def enclose(indices):
-        steps, slope = slopes(indices)
+        steps, slope = stepped(indices)
         return steps, (of_norm * slope + rounding(steps)) / mu
 
     return enclose

@@ -8,6 +8,7 @@ from .._chunks import map_blocks
 from .._cost import cost_of
 from .._engine import Alternative, Piece, choose
 from .._linalg import ravel
+from .._response import Without, require_convergence
 from .base import AbstractEffect
 from .derivative import Derivative
 
@@ -34,22 +35,24 @@ class FirstOrder(AbstractEffect):
 
 
 class Newton(AbstractEffect):
-    """m(θ̂ + Δθᵢ) − m(θ̂ + δ₀): m *evaluated*, not linearised, after one Newton step without i (P10).
+    """m(θ̂ + Δθᵢ) − m(θ̂ + δ₀): m *evaluated*, not linearised, after one Newton step without i and
+    `refine` chord steps (P10).
 
-    δ₀ is the Newton step with every point kept, so that what is left of training is not counted as an
-    effect of the removal; it is 0 at a stationary point. Training points are taken `points` at a time.
+    δ₀ is the same with every point kept, so that what is left of training is not counted as an effect of
+    the removal; it is 0 at a stationary point. Training points are taken `points` at a time.
     """
 
+    refine: int = eqx.field(static=True, default=0)
     points: int | None = eqx.field(static=True, default=None)
 
     def scheduled(self, f, query, queries, kept, limits):
         def pair(query, index):
-            return _outcome(f, f.response.displace(index[None])[0], query)
+            return _outcome(f, self._steps(f, index[None])[0], query)
 
         m = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), query)
         cost = cost_of(pair, query, jax.ShapeDtypeStruct((), jnp.arange(0).dtype))
         piece = Piece(("all parameters",), "one Newton step a point, m evaluated", cost)
-        way = Alternative(lambda _, points: Newton(points), (piece,))
+        way = Alternative(lambda _, points: replace(self, points=points), (piece,))
         kept = max(1, m.size) * kept
         schedule = choose((way,), limits, queries, f.risk.n, kept, m.dtype)
         return replace(f, effect=schedule.scorer), schedule
@@ -64,7 +67,8 @@ class Newton(AbstractEffect):
         return self.lost(f, change)
 
     def prepare(self, f, query):
-        return query, _outcome(f, f.response.settle(), query)
+        settled = Without(f.response).settled(self.refine)
+        return query, _outcome(f, require_convergence(*settled), query)
 
     def columns(self, f, prepared, indices):
         query, before = prepared
@@ -72,12 +76,16 @@ class Newton(AbstractEffect):
         theta, _ = ravel(f.model)
 
         def block(places):
-            steps = f.response.displace(indices[places])
+            steps = self._steps(f, indices[places])
             return jax.vmap(lambda step: _outcome(f, step, query))(steps)
 
         points = self.points or f.response.limits.rows(8 * theta.size, theta.dtype)
         after = map_blocks(block, indices.size, points)
         return jnp.moveaxis(after - before[None], 0, -1)
+
+    def _steps(self, f, indices):
+        steps = Without(f.response).steps(indices, f.response.displace(indices), self.refine)
+        return require_convergence(*steps) if self.refine > 0 else steps[0]
 
 
 def _outcome(f, step, query) -> jax.Array:

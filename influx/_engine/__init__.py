@@ -7,3 +7,4 @@ from .schedule import Alternative as Alternative
 from .schedule import Piece as Piece
 from .schedule import Schedule as Schedule
 from .schedule import choose as choose
+from .schedule import map_points as map_points

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
-from .._chunks import Limits, even_length
-from .._cost import BALANCE, Cost, Parts
+from .._chunks import Limits, even_length, map_blocks
+from .._cost import BALANCE, Cost, Parts, cost_of
 
 # More training points at a time than this are no faster: their rows no longer fit a processor's cache.
 MOST_POINTS = 512
@@ -75,11 +77,17 @@ class Schedule:
 
 
 def choose(
-    alternatives: tuple[Alternative, ...], limits: Limits, m: int, n: int, kept: int, dtype
+    alternatives: tuple[Alternative, ...],
+    limits: Limits,
+    m: int,
+    n: int,
+    kept: int,
+    dtype,
+    least_share: str = "one query's",
 ) -> Schedule:
     """The cheapest schedule within the limits. `kept` numbers are kept of a query's scores.
 
-    **Raises:** `ValueError` where a memory limit of the user's holds not even one query.
+    **Raises:** `ValueError` where a memory limit of the user's holds not even `least_share`.
     """
     # As they come out of the chunks, in their place, and divided by a scale.
     scores = Cost(live=Parts(query=3.0 * kept * jnp.dtype(dtype).itemsize))
@@ -93,11 +101,20 @@ def choose(
     if limits.memory is not None:
         alone = "" if limits.chunk_size is None else f" with chunk_size={limits.chunk_size}"
         raise ValueError(
-            f"`memory={limits.memory}` bytes do not hold one query's share of the work{alone}: that "
+            f"`memory={limits.memory}` bytes do not hold {least_share} share of the work{alone}: that "
             f"takes {least.peak:,.0f}. Use `influence(..., memory={round(least.peak + 1)})` or more"
             f"{', a smaller chunk_size' if alone else ''}, or keep fewer parameters with `restrict`."
         )
     return least
+
+
+def map_points(block: Callable, n: int, limits: Limits, dtype) -> PyTree[Array]:
+    """`block` of the indices 0…n−1 of training points, as many at a time as its program has room for."""
+    index = jax.ShapeDtypeStruct((), jnp.arange(0).dtype)
+    cost = cost_of(lambda _, i: block(i[None]), (), index)
+    way = Alternative(lambda _, points: points, (Piece(("all parameters",), "by points", cost),))
+    points = choose((way,), limits, 1, n, 0, dtype, "one training point's").scorer
+    return map_blocks(block, n, points)
 
 
 def _query_chunks(m: int) -> list[int]:

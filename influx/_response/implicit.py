@@ -80,7 +80,7 @@ class Implicit(AbstractResponse):
                 f"curvature, or {type(self.factored).__name__}, by which it solves, is no "
                 "AbstractPerturbable: a Newton step without that point is undefined. Use Hessian() or "
                 'GaussNewton(), or the first order: `removal(f, "first-order")`, `memorization(f, '
-                '"first-order")`.'
+                '"first-order")`, `value(f, heldout)`.'
             )
 
     def displace(self, indices):

@@ -138,8 +138,9 @@ class TrainingRun(AbstractResponse):
     def check_displace(self):
         raise ValueError(
             "A Newton step without a point needs a curvature, and an unrolled response has none. Use "
-            '`removal(f, "first-order")`, or retrain with `leave_one_out(risk, model0, trainer)`; with '
-            "a curvature at the trained model: `influence(risk, f.model, GaussNewton())`."
+            '`removal(f, "first-order")` or `value(f, heldout)`, or retrain with `leave_one_out(risk, '
+            "model0, trainer)`; with a curvature at the trained model: `influence(risk, f.model, "
+            "GaussNewton())`."
         )
 
     def displace(self, indices):
