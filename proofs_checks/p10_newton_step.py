@@ -53,7 +53,8 @@ PROOF
 CHECK
     Steps and effects of the library against NumPy solves with H₋ᵢ, at θ̂ and off it; against own
     retraining, exactly (quadratic J) or within (c); and nearer to retraining, summed over points,
-    than first order. Values after 0 and 2 chord steps against own ones, after 300 against retraining.
+    than first order. Values after 0 and 2 chord steps against own ones, at θ̂ and off it, after 300
+    against retraining; own chord steps against both inequalities of (e).
 
 SOURCE
     D. Pregibon, "Logistic regression diagnostics" (1981); R. D. Cook, S. Weisberg (1982), for
@@ -63,6 +64,7 @@ SOURCE
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -167,19 +169,24 @@ def retraining(problem, subject) -> dict[str, float]:
 
 
 def chords(problem, subject) -> dict[str, float]:
-    """Of points that are all trained on, since one of weight 0 has no removal."""
+    """Of points that are all trained on, since one of weight 0 has no removal; at θ̂ and off it."""
     p = replace(problem, w=np.where(problem.w > 0, problem.w, 0.7))
     p = replace(p, theta=oracle.minimise(p))
     rest = [[grown(p, i, renormalise) for i in range(p.n)] for renormalise in (False, True)]
     loss = lambda theta: oracle.measurement(p, "loss", theta).mean()
-    worth = lambda thetas: (
-        p.n / p.w * np.array([[loss(t) - loss(p.theta) for t in r] for r in thetas])
-    )
+
+    def worth(thetas, before):
+        return p.n / p.w * np.array([[loss(t) - loss(before) for t in row] for row in thetas])
+
     errors = {}
-    for refine in (0, 2):
-        own = worth([[p.theta + chord(p, i, w, refine) for i, w in enumerate(r)] for r in rest])
-        errors[f"value after {refine} chord steps"] = gap(subject.value(p, refine), own, atol=1e-10)
-    truth = worth([[oracle.minimise(p, w, start=p.theta) for w in r] for r in rest])
+    for where, q in (("at θ̂", p), ("off θ̂", mutants.elsewhere(p))):
+        for refine in (0, 2):
+            paths = [[path(q, i, w, refine) for i, w in enumerate(row)] for row in rest]
+            own = worth([[along[-1] for along in row] for row in paths], settled(q, refine))
+            name = f"value {where} after {refine} chord steps"
+            errors[name] = gap(subject.value(q, refine), own, rtol=1e-7, atol=1e-10)
+        errors |= contraction(q, rest, paths, where)
+    truth = worth([[oracle.minimise(p, w, start=p.theta) for w in row] for row in rest], p.theta)
     errors["value in the limit"] = gap(subject.value(p, 300), truth, rtol=1e-5, atol=1e-8)
     return errors
 
@@ -189,19 +196,63 @@ def grown(problem, i: int, renormalise: bool) -> np.ndarray:
     return w * problem.w.sum() / w.sum() if renormalise else w
 
 
-def chord(problem, i: int, w: np.ndarray, refine: int) -> np.ndarray:
-    """From a Newton step on J₋ᵢ, and H⁻¹ times what growing weights leave of ∇Ω."""
-    theta, eye = problem.theta, problem.damping * np.eye(problem.theta.size)
-    H = oracle.hessian(problem, theta) + eye
+def metric(problem) -> np.ndarray:
+    """H + λI."""
+    return oracle.hessian(problem, problem.theta) + problem.damping * np.eye(problem.theta.size)
+
+
+def step(problem, w) -> np.ndarray:
+    """A Newton step on J(·, w), damped."""
+    H = oracle.hessian(problem, problem.theta, w) + problem.damping * np.eye(problem.theta.size)
+    return -np.linalg.solve(H, oracle.gradient(problem, problem.theta, w))
+
+
+def onward(problem, theta, w, refine: int) -> list[np.ndarray]:
+    H, path = metric(problem), [theta]
+    for _ in range(refine):
+        path.append(path[-1] - np.linalg.solve(H, oracle.gradient(problem, path[-1], w)))
+    return path
+
+
+def settled(problem, refine: int) -> np.ndarray:
+    return onward(problem, problem.theta + step(problem, problem.w), problem.w, refine)[-1]
+
+
+def path(problem, i: int, w: np.ndarray, refine: int) -> list[np.ndarray]:
+    """From a Newton step on J₋ᵢ, and H⁻¹ times what growing weights leave of ∇Ω at θ̂ + δ₀."""
     erased = without(problem, i)
     share = 1 - erased.sum() / w.sum()
-    step = -np.linalg.solve(
-        oracle.hessian(problem, theta, erased) + eye, oracle.gradient(problem, theta, erased)
-    )
-    step = step + share * np.linalg.solve(H, problem.penalty * theta)
-    for _ in range(refine):
-        step = step - np.linalg.solve(H, oracle.gradient(problem, theta + step, w))
-    return step
+    slope = problem.penalty * (problem.theta + step(problem, problem.w))
+    drift = np.linalg.solve(metric(problem), slope)
+    return onward(problem, problem.theta + step(problem, erased) + share * drift, w, refine)
+
+
+def contraction(problem, rest, paths, where: str) -> dict[str, float]:
+    """Both inequalities of (e), ρ being what the mean Hessian of each segment says."""
+    low, vectors = np.linalg.eigh(metric(problem))
+    root, inverse = ((vectors * low**power) @ vectors.T for power in (0.5, -0.5))
+    distances, slopes = [], []
+    for row, ways in zip(rest, paths):
+        i = problem.seed % problem.n
+        w, way = row[i], ways[i]
+        end = oracle.minimise(problem, w, start=way[-1])
+        norm = lambda t, end=end: np.linalg.norm(root @ (t - end))
+        slope = lambda t, w=w: np.linalg.norm(inverse @ oracle.gradient(problem, t, w))
+        for a, b in pairwise(way):
+            to_end, to_b = (factor(problem, a, to, w, inverse) for to in (end, b))
+            distances.append(above(norm(b), to_end * norm(a), slack=1e-9, size=1e-3))
+            slopes.append(above(slope(b), to_b * slope(a), slack=1e-9, size=1e-3))
+    return {f"contraction {where}": max(distances), f"decrement {where}": max(slopes)}
+
+
+NODES, SHARES = np.polynomial.legendre.leggauss(12)
+
+
+def factor(problem, a, b, w, inverse) -> float:
+    """‖I − H^(−½)MH^(−½)‖₂, M the mean Hessian from a to b."""
+    points = [a + 0.5 * (1 + x) * (b - a) for x in NODES]
+    mean = sum(0.5 * s * oracle.hessian(problem, t, w) for s, t in zip(SHARES, points))
+    return np.max(np.abs(np.linalg.eigvalsh(np.eye(a.size) - inverse @ mean @ inverse)))
 
 
 def without(problem, i: int) -> np.ndarray:
@@ -227,9 +278,23 @@ def linearised(problem):
     return oracle.measurement_gradient(problem) @ library.steps(problem, np.eye(problem.theta.size))
 
 
+def unsettled(problem, refine: int) -> np.ndarray:
+    """(n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̂)] off a minimum too."""
+    loss = lambda theta: oracle.measurement(problem, "loss", theta).mean()
+    left = loss(settled(problem, refine)) - loss(problem.theta)
+    return refined(problem, refine) + problem.n / problem.w * left
+
+
+def driftless(problem, refine: int) -> np.ndarray:
+    """A Newton step alone of the renormalised problem as of the erased one."""
+    found = refined(problem, refine)
+    return found if refine else found[[0, 0]]
+
+
 def all_of(change):
-    loss, linear = (mutants.on(change, part) for part in (SUBJECT.loss, SUBJECT.linear))
-    return replace(SUBJECT, loss=loss, linear=linear)
+    return Subject(
+        *(mutants.on(change, part) for part in (SUBJECT.loss, SUBJECT.linear, SUBJECT.value))
+    )
 
 
 MUTANTS = {
@@ -256,6 +321,8 @@ MUTANTS = {
     "a Newton step alone": replace(SUBJECT, value=lambda p, k: refined(p, 0)),
     "conventions swapped": replace(SUBJECT, value=lambda p, k: refined(p, k)[::-1]),
     "a value not per weight": replace(SUBJECT, value=lambda p, k: refined(p, k) * p.w),
+    "what is left of training counted": replace(SUBJECT, value=unsettled),
+    "the drift left out": replace(SUBJECT, value=driftless),
     "the others' weights stay": replace(SUBJECT, value=lambda p, k: refined(p, k)[[0, 0]]),
 }
 
