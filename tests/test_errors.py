@@ -746,6 +746,11 @@ VERBS = {
         'refine=2 at step="first-order"',
         'step="newton"',
     ),
+    "refine of a first order": (
+        lambda w: ix.removal(w.f, refine=1),
+        'refine=1 at kind="first-order"',
+        'kind="newton"',
+    ),
     "refine negative": (
         lambda w: ix.value(w.f, (Xq, yq), "newton", refine=-1),
         "`refine`.*got -1",

@@ -238,6 +238,8 @@ def test_chord_steps_take_value_and_memorization_to_retraining(off):
     np.testing.assert_allclose(found.standard_error, error, rtol=1e-6)
     sure = np.abs(truth[0].mean(axis=1)) >= 2 * error
     assert ((np.asarray(found.verdict) == 2) == ~sure).all()
+    predicted = ix.removal(f, "newton", refine=30)(queries)
+    np.testing.assert_allclose(predicted, changes[0].T, rtol=1e-6, atol=1e-11)
     margin = Margin()
     own = lambda m, i: margin(risk, m, jax.tree.map(lambda x: x[i], risk.data))
     moved = [float(own(after, i) - own(model, i)) for i, after in enumerate(erased[0])]
@@ -272,6 +274,8 @@ def test_chord_steps_that_diverge_are_refused(refine):
     ):
         with pytest.raises(RuntimeError, match=r"of 100 points \(\d.* diverge.*refine=0"):
             verb()
+    with pytest.raises(RuntimeError, match="one of the training points chord steps diverge"):
+        jax.block_until_ready(ix.removal(f, "newton", refine=refine)(risk.data))
     assert np.isfinite(ix.value(f, risk.data, "newton").value).all()
 
 
