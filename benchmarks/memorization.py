@@ -319,10 +319,11 @@ def signs(
         "certified", "wrongly", "enclosed", "seconds",
     )  # fmt: skip
     grown = risk.with_weights(risk.weights * n / (n - 1))
-    first, worth, spent = ix.value(f, heldout), {}, {}
+    first, worth, spent = ix.value(f, heldout, indices=rows), {}, {}
     for refine in refines:
         start = time.perf_counter()
-        worth[refine] = jax.block_until_ready(ix.value(f, heldout, "newton", refine=refine))
+        found = ix.value(f, heldout, "newton", refine=refine, indices=rows)
+        worth[refine] = jax.block_until_ready(found)
         spent[refine] = f"{time.perf_counter() - start:.0f}"
     conventions = {"erased": (risk, "value"), "renormalised": (grown, "value_centred")}
     unresolved = ""
@@ -334,9 +335,7 @@ def signs(
         change = np.asarray(after - loss(model))
         seconds = f"{time.perf_counter() - start:.0f}"
         where = convention, f"{np.median(np.abs(change)):.1e}"
-        signed = lambda found, field=field, change=change: agreement(
-            getattr(found, field)[rows], change
-        )
+        signed = lambda found, field=field, change=change: agreement(getattr(found, field), change)
         table.add_row(*where, "first order", *signed(first), *3 * [""], f"retraining: {seconds}")
         for refine in refines:
             start = time.perf_counter()
@@ -345,7 +344,7 @@ def signs(
                 f, heldout, indices=rows, mean=True, refine=refine, renormalise=renormalise
             )
             lower, upper, sure = (np.asarray(x) for x in (got.lower, got.upper, got.certified))
-            seconds = f"{spent[refine]} (all points), {time.perf_counter() - start:.0f}"
+            seconds = f"{spent[refine]} (both), {time.perf_counter() - start:.0f}"
             wrong = (sure & (np.where(lower > 0, 1, -1) != np.sign(change))).sum()
             inside = ((lower <= change) & (change <= upper)).sum()
             steps = "Newton step" + f" + {refine} chord" * (refine > 0)

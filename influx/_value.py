@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._checks import is_concrete
+from ._checks import check_indices, is_concrete
 from ._chunks import chunked_sum, leading_length, take
 from ._effect import Derivative
 from ._engine import map_points
@@ -25,7 +25,7 @@ VERDICTS = ("helpful", "harmful", "undecided")
 
 
 class Value(eqx.Module):
-    """What `value` found, per training point.
+    """What `value` found, per training point asked for.
 
     - `value`: Gᵢ, positive = helpful; erasing the point changes L_V by about wᵢGᵢ/n
     - `value_centred`: the same where training renormalises (a mean over the points left)
@@ -33,10 +33,10 @@ class Value(eqx.Module):
     - `verdict`: 0 helpful, 1 harmful, 2 undecided (`influx.VERDICTS` names them)
     """
 
-    value: Float[Array, " n"]
-    value_centred: Float[Array, " n"]
-    standard_error: Float[Array, " n"]
-    verdict: Int[Array, " n"]
+    value: Float[Array, " k"]
+    value_centred: Float[Array, " k"]
+    standard_error: Float[Array, " k"]
+    verdict: Int[Array, " k"]
 
 
 def value(
@@ -45,6 +45,7 @@ def value(
     step: Literal["first-order", "newton"] = "first-order",
     *,
     refine: int = 0,
+    indices: Int[Array, " k"] | None = None,
 ) -> Value:
     """Whether each training point helps or harms the model on held-out data.
 
@@ -66,6 +67,8 @@ def value(
       mean=True, refine=...)` takes the same and proves signs. Ask for float64: L_V(θ̃ᵢ) − L_V(θ̃) is a
       small difference, of which float32 loses what a derivative keeps.
 
+    - `indices`: the training points concerned; all by default.
+
     **Two conventions.** `value` erases (1/n and l2 stay); `value_centred` renormalises (the mean over
     n − 1 points, as training with weight decay does): the other points take over the weight of the one
     removed. To first order it is Gᵢ − Ḡ, Ḡ the weighted mean, and the change of L_V about wᵢ(Gᵢ − Ḡ)/n.
@@ -77,8 +80,8 @@ def value(
     a single one. `RuntimeError` naming the points whose chord steps diverge.
 
     **Cost:** |V| solves, and a pass over the training data per block of queries that fits `memory`.
-    "newton": a Newton step a point; in both conventions |V| losses, and `refine` gradients of J and
-    solves.
+    "newton": a Newton step a point; in both conventions |V| losses, and `refine` + 1 gradients of J and
+    solves (none at 0).
 
     **Source:** Kounavis, Dia & Ramazanli, arXiv:2305.16094 (sign of influence); Koh & Liang,
     arXiv:1703.04730; "newton": see `removal`.
@@ -92,11 +95,13 @@ def value(
             "the sign of `f(queries)`: negative is helpful."
         )
     refine = check_step(f.response, step, refine)
-    f = replace(f, measurement=Loss())
+    f, points = replace(f, measurement=Loss()), check_indices(indices, f.risk.n)
     if step == "first-order":
-        return _first_order(f, heldout)
+        found = _first_order(f, heldout)
+        return found if indices is None else take(found, points)
     _check_removable(f)
-    return require_convergence(*_removed(f, jtu.tree_map(jnp.asarray, heldout), refine))
+    heldout = jtu.tree_map(jnp.asarray, heldout)
+    return require_convergence(*_removed(f, heldout, points, refine), points)
 
 
 def require_plain(f: Influence, verb: str) -> None:
@@ -130,7 +135,9 @@ def _first_order(f: Influence, heldout: PyTree[Array]) -> Value:
 
 
 @eqx.filter_jit
-def _removed(f: Influence, heldout: PyTree[Array], refine: int) -> tuple[Value, Bool[Array, " n"]]:
+def _removed(
+    f: Influence, heldout: PyTree[Array], indices: Int[Array, " k"], refine: int
+) -> tuple[Value, Bool[Array, " k"]]:
     """(n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̂)] in both conventions, a block of points at a time, and whether the
     steps to them converge."""
     theta, rebuild = ravel(f.model)
@@ -140,7 +147,8 @@ def _removed(f: Influence, heldout: PyTree[Array], refine: int) -> tuple[Value, 
     rest, settles = conventions[0].settled(refine)
     before = losses(rest)
 
-    def block(points):
+    def block(places):
+        points = indices[places]
         displaced, all_converge, found = f.response.displace(points), settles, []
         for without in conventions:
             steps, converge = without.steps(points, displaced, refine)
@@ -151,7 +159,7 @@ def _removed(f: Influence, heldout: PyTree[Array], refine: int) -> tuple[Value, 
         spread = jnp.std(erased, axis=1, ddof=1) / jnp.sqrt(m)
         return jnp.mean(erased, axis=1), jnp.mean(rest, axis=1), spread, all_converge
 
-    *found, converge = map_points(block, f.risk.n, f.response.limits, theta.dtype)
+    *found, converge = map_points(block, indices.size, f.response.limits, theta.dtype)
     return _judged(*found), converge
 
 

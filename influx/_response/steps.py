@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from .._checks import check_whole, is_concrete
 from .base import AbstractResponse
@@ -38,12 +38,15 @@ _DIVERGE = (
 )
 
 
-def require_convergence(found, converge: Bool[Array, "*n"]):
+def require_convergence(
+    found, converge: Bool[Array, "*k"], indices: Int[Array, " k"] | None = None
+):
     """`found`, where no chord steps diverge; else a `RuntimeError` that names points."""
     if not is_concrete(converge):
         message = f"Without one of the training points {_DIVERGE}"
         return eqx.error_if(found, ~jnp.all(converge), message)
     failed = np.flatnonzero(~np.asarray(converge))
+    failed = failed if indices is None else np.asarray(indices)[failed]
     if failed.size:
         some = ", ".join(map(str, failed[:5])) + ", …" * (failed.size > 5)
         count = f"{failed.size} of {converge.size} points"
