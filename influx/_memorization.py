@@ -14,7 +14,7 @@ from ._engine import map_points
 from ._influence import Influence, check_influence
 from ._linalg import ravel
 from ._measurement import Margin
-from ._response import Without, check_step, require_convergence
+from ._response import Without, check_removal_step, require_convergence
 from ._risk import EmpiricalRisk
 from ._validate import class_logits_shape, require_labels
 
@@ -63,7 +63,8 @@ def memorization(
     that does not know one point's share, or `refine` without "newton"; `RuntimeError` naming the points
     whose chord steps diverge. Measurement, scale and effect of `f` play no part.
 
-    **Cost:** n solves and n gradients, whichever step; each chord step n gradients of J and n solves.
+    **Cost:** n solves and n gradients, whichever step; `refine` chord steps another refine + 1
+    times n gradients of J and n solves.
 
     **Source:** the definitions are this project's own, after Kounavis, Dia & Ramazanli,
     arXiv:2305.16094; the score is the soft form of Feldman & Zhang, arXiv:2008.03703. `certify` turns
@@ -72,21 +73,21 @@ def memorization(
     check_influence("memorization", f)
     class_logits_shape(f.risk, f.model)
     require_labels(f.risk)
-    refine = check_step(f.response, step, refine)
-    return require_convergence(*_memorization(f, step, refine))
+    refine = check_removal_step(f.response, step, refine)
+    if step == "first-order":
+        return _memorization(f, _first_order_change(f))
+    change = require_convergence(*_newton_change(f, refine), jnp.arange(f.risk.n))
+    return _memorization(f, change)
 
 
 @eqx.filter_jit
-def _memorization(f: Influence, step: str, refine: int) -> tuple[Memorization, Bool[Array, " n"]]:
+def _memorization(f: Influence, change: Float[Array, " n"]) -> Memorization:
     margin, correct = own_margins(f.risk, f.model)
-    if step == "newton":
-        change, converge = _newton_change(f, refine)
-    else:
-        change, converge = _first_order_change(f), jnp.ones(f.risk.n, bool)
     without = margin + change
-    score = jnn.sigmoid(margin) - jnn.sigmoid(without)
-    label = memorization_label(margin, without)
-    return Memorization(margin, without, score, correct, label), converge
+    return Memorization(
+        margin, without, jnn.sigmoid(margin) - jnn.sigmoid(without), correct,
+        memorization_label(margin, without),
+    )  # fmt: skip
 
 
 def memorization_label(
@@ -109,22 +110,27 @@ def own_margins(risk: EmpiricalRisk, model: Model) -> tuple[Float[Array, " n"], 
     return jax.vmap(one)(risk.data)
 
 
-def _newton_change(f: Influence, refine: int) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
-    """γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), both refined, a block of points at a time; and whether they converge."""
+@eqx.filter_jit
+def _newton_change(
+    f: Influence, refine: int
+) -> tuple[Float[Array, " n"], Bool[Array, ""], Bool[Array, " n"]]:
+    """γᵢ(θ̂ + Δθᵢ) − γᵢ(θ̂ + δ₀), both refined, a block of points at a time; and whether these and those
+    converge, δ₀ first."""
     theta, rebuild = ravel(f.model)
-    without = Without(f.response)
-    rest, settles = without.settled(refine)
+    without = Without(f.response, refine)
+    rest, settles = without.settled()
     before = jax.vmap(lambda z: Margin()(f.risk, rebuild(theta + rest), z))(f.risk.data)
 
     def after(indices):
-        steps, converge = without.steps(indices, f.response.displace(indices), refine)
+        steps, converge = without.steps(indices, f.response.displace(indices))
         own = lambda step, z: Margin()(f.risk, rebuild(theta + step), z)
         return jax.vmap(own)(steps, take(f.risk.data, indices)), converge
 
     margins, converge = map_points(after, f.risk.n, f.response.limits, theta.dtype)
-    return margins - before, converge & settles
+    return margins - before, settles, converge
 
 
+@eqx.filter_jit
 def _first_order_change(f: Influence) -> Float[Array, " n"]:
     """−wᵢ I(i; γᵢ)/n = (wᵢ/n) ∇γᵢᵀH⁻¹gᵢ, each point on its own margin."""
     return f.risk.weights / f.risk.n * f.response.own(Margin())[:, 0]

@@ -17,7 +17,7 @@ from ._engine import map_points
 from ._influence import Influence, check_influence, prepared_queries, scheduled
 from ._linalg import ravel
 from ._measurement import Loss
-from ._response import Without, check_step, require_convergence
+from ._response import Without, check_removal_step, require_convergence
 from ._scale import Unscaled
 from ._validate import check_queries
 
@@ -63,10 +63,10 @@ def value(
       large. `"newton"`: that change itself, in the same unit, Gᵢ = (n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̃)], L_V
       evaluated at θ̃ᵢ, one Newton step without the point and `refine` chord steps on; θ̃ is the same with
       every point kept, θ̂ at a minimum.
-    - `refine`: chord steps θ̃ᵢ ← θ̃ᵢ − H⁻¹∇J₋ᵢ(θ̃ᵢ), which end where retraining does. `certify(f, heldout,
-      mean=True, refine=...)` takes the same and proves signs. Ask for float64: L_V(θ̃ᵢ) − L_V(θ̃) is a
-      small difference, of which float32 loses what a derivative keeps.
-
+    - `refine`: chord steps θ̃ᵢ ← θ̃ᵢ − (H + λI)⁻¹∇J₋ᵢ(θ̃ᵢ), towards where retraining ends. An error tells
+      where they lead away from it, nothing tells how near they are: `certify(f, heldout, mean=True,
+      refine=...)` takes the same and proves signs. Ask for float64: L_V(θ̃ᵢ) − L_V(θ̃) is a small
+      difference, of which float32 loses what a derivative keeps.
     - `indices`: the training points concerned; all by default.
 
     **Two conventions.** `value` erases (1/n and l2 stay); `value_centred` renormalises (the mean over
@@ -94,12 +94,12 @@ def value(
             "`heldout` needs at least 2 examples, for a standard error; got 1. For a single query read "
             "the sign of `f(queries)`: negative is helpful."
         )
-    refine = check_step(f.response, step, refine)
+    refine = check_removal_step(f.response, step, refine)
     f, points = replace(f, measurement=Loss()), check_indices(indices, f.risk.n)
     if step == "first-order":
         found = _first_order(f, heldout)
         return found if indices is None else take(found, points)
-    _check_removable(f)
+    _check_removable(f, indices)
     heldout = jtu.tree_map(jnp.asarray, heldout)
     return require_convergence(*_removed(f, heldout, points, refine), points)
 
@@ -114,9 +114,11 @@ def require_plain(f: Influence, verb: str) -> None:
         )
 
 
-def _check_removable(f: Influence) -> None:
-    weights = f.risk.weights
-    absent = int(np.sum(np.asarray(weights) == 0)) if is_concrete(weights) else 0
+def _check_removable(f: Influence, indices: Int[Array, " k"] | None) -> None:
+    absent = 0
+    if is_concrete(f.risk.weights):
+        weights = np.asarray(f.risk.weights)
+        absent = int(np.sum(weights[... if indices is None else np.asarray(indices)] == 0))
     if f.risk.n < 2 or absent:
         raise ValueError(
             'The value of a whole removal, `step="newton"`, is of points that can be removed: of more '
@@ -137,30 +139,30 @@ def _first_order(f: Influence, heldout: PyTree[Array]) -> Value:
 @eqx.filter_jit
 def _removed(
     f: Influence, heldout: PyTree[Array], indices: Int[Array, " k"], refine: int
-) -> tuple[Value, Bool[Array, " k"]]:
+) -> tuple[Value, Bool[Array, ""], Bool[Array, " k"]]:
     """(n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̂)] in both conventions, a block of points at a time, and whether the
     steps to them converge."""
     theta, rebuild = ravel(f.model)
     m, per_weight = leading_length(heldout), f.risk.n / f.risk.weights
     losses = lambda step: f.risk.losses(rebuild(theta + step), heldout)
-    conventions = Without(f.response), Without(f.response, renormalise=True)
-    rest, settles = conventions[0].settled(refine)
+    conventions = [Without(f.response, refine, renormalise) for renormalise in (False, True)]
+    rest, settles = conventions[0].settled()
     before = losses(rest)
 
     def block(places):
         points = indices[places]
-        displaced, all_converge, found = f.response.displace(points), settles, []
+        displaced, all_converge, found = f.response.displace(points), True, []
         for without in conventions:
-            steps, converge = without.steps(points, displaced, refine)
+            steps, converge = without.steps(points, displaced)
             change = jax.vmap(losses)(steps) - before[None]
             found.append(per_weight[points, None] * change)
-            all_converge &= converge
+            all_converge = all_converge & converge
         erased, rest = found
         spread = jnp.std(erased, axis=1, ddof=1) / jnp.sqrt(m)
         return jnp.mean(erased, axis=1), jnp.mean(rest, axis=1), spread, all_converge
 
     *found, converge = map_points(block, indices.size, f.response.limits, theta.dtype)
-    return _judged(*found), converge
+    return _judged(*found), settles, converge
 
 
 def _moments(f: Influence, heldout: PyTree[Array]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:

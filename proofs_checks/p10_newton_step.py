@@ -18,9 +18,10 @@ STATEMENT
     (e) Chord steps θᵏ⁺¹ = θᵏ − H⁻¹∇J₋ᵢ(θᵏ), H fixed. Where (1 − ρ)H ⪯ ∇²J₋ᵢ ⪯ (1 + ρ)H on the segments
         from θᵏ to θ̂₋ᵢ and to θᵏ⁺¹,
             ‖θᵏ⁺¹ − θ̂₋ᵢ‖_H ≤ ρ ‖θᵏ − θ̂₋ᵢ‖_H,    ‖∇J₋ᵢ(θᵏ⁺¹)‖_H⁻¹ ≤ ρ ‖∇J₋ᵢ(θᵏ)‖_H⁻¹:
-        for ρ < 1 they tend to θ̂₋ᵢ, any H + λI ≻ 0 in H's place, and the second, Newton's decrement,
-        is seen to fall. The same of J₋ᵢ with the other weights multiplied by W/(W − wᵢ), W = Σw: the
-        mean over the others. So the value of point i, (n/wᵢ)[L_V(θᵏ) − L_V(θ̂)], tends to that of
+        for ρ < 1 they tend to θ̂₋ᵢ, any H + λI ≻ 0 in H's place, and along each the second, Newton's
+        decrement, falls; along the Newton step that comes first it may rise. The same of
+        J₋ᵢ − (1 − 1/s)Ω, which is J₋ᵢ with the other weights multiplied by s = W/(W − wᵢ), W = Σw, over
+        s: the mean over the others. So the value of point i, (n/wᵢ)[L_V(θᵏ) − L_V(θ̂)], tends to that of
         retraining without it, in either convention.
     In (a)–(d), with a damping λ, H + λI and H₋ᵢ + λI stand for H and H₋ᵢ, and retraining means that of
     J₋ᵢ + (λ/2)‖· − θ̂‖².
@@ -207,10 +208,11 @@ def step(problem, w) -> np.ndarray:
     return -np.linalg.solve(H, oracle.gradient(problem, problem.theta, w))
 
 
-def onward(problem, theta, w, refine: int) -> list[np.ndarray]:
+def onward(problem, theta, w, refine: int, growth: float = 1.0) -> list[np.ndarray]:
     H, path = metric(problem), [theta]
     for _ in range(refine):
-        path.append(path[-1] - np.linalg.solve(H, oracle.gradient(problem, path[-1], w)))
+        slope = oracle.gradient(problem, path[-1], w) / growth
+        path.append(path[-1] - np.linalg.solve(H, slope))
     return path
 
 
@@ -221,10 +223,10 @@ def settled(problem, refine: int) -> np.ndarray:
 def path(problem, i: int, w: np.ndarray, refine: int) -> list[np.ndarray]:
     """From a Newton step on J₋ᵢ, and H⁻¹ times what growing weights leave of ∇Ω at θ̂ + δ₀."""
     erased = without(problem, i)
-    share = 1 - erased.sum() / w.sum()
+    growth = w.sum() / erased.sum()
     slope = problem.penalty * (problem.theta + step(problem, problem.w))
-    drift = np.linalg.solve(metric(problem), slope)
-    return onward(problem, problem.theta + step(problem, erased) + share * drift, w, refine)
+    drift = (1 - 1 / growth) * np.linalg.solve(metric(problem), slope)
+    return onward(problem, problem.theta + step(problem, erased) + drift, w, refine, growth)
 
 
 def contraction(problem, rest, paths, where: str) -> dict[str, float]:
@@ -235,11 +237,14 @@ def contraction(problem, rest, paths, where: str) -> dict[str, float]:
     for row, ways in zip(rest, paths):
         i = problem.seed % problem.n
         w, way = row[i], ways[i]
+        growth = w.sum() / without(problem, i).sum()
         end = oracle.minimise(problem, w, start=way[-1])
         norm = lambda t, end=end: np.linalg.norm(root @ (t - end))
-        slope = lambda t, w=w: np.linalg.norm(inverse @ oracle.gradient(problem, t, w))
+        slope = lambda t, w=w, s=growth: np.linalg.norm(
+            inverse @ oracle.gradient(problem, t, w) / s
+        )
         for a, b in pairwise(way):
-            to_end, to_b = (factor(problem, a, to, w, inverse) for to in (end, b))
+            to_end, to_b = (factor(problem, a, to, w, growth, inverse) for to in (end, b))
             distances.append(above(norm(b), to_end * norm(a), slack=1e-9, size=1e-3))
             slopes.append(above(slope(b), to_b * slope(a), slack=1e-9, size=1e-3))
     return {f"contraction {where}": max(distances), f"decrement {where}": max(slopes)}
@@ -248,10 +253,10 @@ def contraction(problem, rest, paths, where: str) -> dict[str, float]:
 NODES, SHARES = np.polynomial.legendre.leggauss(12)
 
 
-def factor(problem, a, b, w, inverse) -> float:
+def factor(problem, a, b, w, growth: float, inverse) -> float:
     """‖I − H^(−½)MH^(−½)‖₂, M the mean Hessian from a to b."""
     points = [a + 0.5 * (1 + x) * (b - a) for x in NODES]
-    mean = sum(0.5 * s * oracle.hessian(problem, t, w) for s, t in zip(SHARES, points))
+    mean = sum(0.5 * s * oracle.hessian(problem, t, w) for s, t in zip(SHARES, points)) / growth
     return np.max(np.abs(np.linalg.eigvalsh(np.eye(a.size) - inverse @ mean @ inverse)))
 
 

@@ -24,14 +24,14 @@ def loss_constants(f: Influence) -> LossConstants:
 
 def enclosures(f: Influence, tier: int, refine: Array, renormalise: bool) -> Callable:
     """The map from points i to θ̃ᵢ − θ̂ [k, P] and rᵢ ≥ ‖θ̂₋ᵢ − θ̃ᵢ‖ [k] (P11)."""
-    without = Without(f.response, renormalise)
+    without = Without(f.response, refine, renormalise)
     # Twice where the weights grow: their growth is a sum of n terms as well.
     grown = jnp.max(without.growth) * (2 if renormalise else 1)
     rounding, mu = gradient_rounding(f, grown), jnp.min(f.risk.l2_vector(f.model))
     of_norm = _norm_rounding(f)
 
     def evaluated(indices):
-        steps, _ = without.steps(indices, f.response.displace(indices), refine)
+        steps, _ = without.steps(indices, f.response.displace(indices))
         return steps, jnp.linalg.norm(without.slopes(indices, steps), axis=1)
 
     stepped = evaluated if tier == 1 else _bounded_slopes(f)

@@ -47,7 +47,7 @@ class Newton(AbstractEffect):
 
     def scheduled(self, f, query, queries, kept, limits):
         def pair(query, index):
-            return _outcome(f, self._steps(f, index[None])[0], query)
+            return _outcome(f, self._steps(f, index[None])[0][0], query)
 
         m = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), query)
         cost = cost_of(pair, query, jax.ShapeDtypeStruct((), jnp.arange(0).dtype))
@@ -67,25 +67,25 @@ class Newton(AbstractEffect):
         return self.lost(f, change)
 
     def prepare(self, f, query):
-        settled = Without(f.response).settled(self.refine)
-        return query, _outcome(f, require_convergence(*settled), query)
+        settled, settles = Without(f.response, self.refine).settled()
+        return (query, settles), _outcome(f, settled, query)
 
     def columns(self, f, prepared, indices):
-        query, before = prepared
+        (query, settles), before = prepared
         indices = jnp.arange(f.risk.n) if indices is None else indices
         theta, _ = ravel(f.model)
 
         def block(places):
-            steps = self._steps(f, indices[places])
-            return jax.vmap(lambda step: _outcome(f, step, query))(steps)
+            steps, converge = self._steps(f, indices[places])
+            after = jax.vmap(lambda step: _outcome(f, step, query))(steps)
+            return require_convergence(after, settles, converge, indices[places])
 
         points = self.points or f.response.limits.rows(8 * theta.size, theta.dtype)
         after = map_blocks(block, indices.size, points)
         return jnp.moveaxis(after - before[None], 0, -1)
 
     def _steps(self, f, indices):
-        steps = Without(f.response).steps(indices, f.response.displace(indices), self.refine)
-        return require_convergence(*steps) if self.refine > 0 else steps[0]
+        return Without(f.response, self.refine).steps(indices, f.response.displace(indices))
 
 
 def _outcome(f, step, query) -> jax.Array:

@@ -1,9 +1,9 @@
 from .base import AbstractResponse as AbstractResponse
+from .checks import check_refine as check_refine
+from .checks import check_removal_step as check_removal_step
+from .checks import require_convergence as require_convergence
 from .implicit import Implicit as Implicit
 from .implicit import implicit_response as implicit_response
-from .steps import check_refine as check_refine
-from .steps import check_step as check_step
-from .steps import require_convergence as require_convergence
 from .unrolled import TrainingRun as TrainingRun
 from .unrolled import Unrolled as Unrolled
 from .without import Without as Without

@@ -3,7 +3,7 @@ from typing import Literal
 
 from .._effect import FirstOrder, Newton
 from .._influence import Influence, check_influence
-from .._response import check_step
+from .._response import check_removal_step
 from .._scale import Unscaled
 
 
@@ -17,7 +17,8 @@ def removal(
       (Woodbury, so that a point's leverage is exact) and m evaluated there, not linearised. Error
       O(1/n²) too, but of ∇³J alone: exact where J is quadratic and λ = 0. Hessian and GaussNewton,
       also inside CG, MINRES, Neumann, Projected or Arnoldi(complement=False). `refine` chord steps
-      θ̃ᵢ ← θ̃ᵢ − H⁻¹∇J₋ᵢ(θ̃ᵢ) follow, which end where retraining does, at n example gradients a point each.
+      θ̃ᵢ ← θ̃ᵢ − (H + λI)⁻¹∇J₋ᵢ(θ̃ᵢ) lead on towards where retraining ends, at n example gradients a point
+      each and as many to judge the last.
 
     **Sign and unit.** Positive: removing the point *raises* m; opposite in sign to influence, and
     smaller by n. Removal erases: 1/n and l2 stay what they were. "first-order" of `groups(f, masks,
@@ -32,7 +33,7 @@ def removal(
     diagnostics" (1981) and Beirami et al., arXiv:1711.05323 (one Newton step).
     """
     check_influence("removal", f)
-    refine = check_step(f.response, kind, refine, "kind")
+    refine = check_removal_step(f.response, kind, refine, name="kind")
     if not isinstance(f.scale, Unscaled):
         raise ValueError(
             "The predicted change on removal has a unit of its own and no relative form. Use "

@@ -15,7 +15,9 @@ def check_refine(refine: Any) -> int:
     return check_whole("refine", refine, least=0, hint=" It counts chord steps.")
 
 
-def check_step(response: AbstractResponse, step: Any, refine: Any, name: str = "step") -> int:
+def check_removal_step(
+    response: AbstractResponse, step: Any, refine: Any, *, name: str = "step"
+) -> int:
     """Refuse a step that the response cannot take, before any work; how many chord steps follow it."""
     if step not in ("first-order", "newton"):
         raise ValueError(f'`{name}` must be "first-order" or "newton", got {step!r}.')
@@ -31,22 +33,31 @@ def check_step(response: AbstractResponse, step: Any, refine: Any, name: str = "
 
 
 _DIVERGE = (
-    "chord steps diverge: the other points have a Hessian too far from the one held. Use `refine=0`, "
-    "or `certify(f, ..., refine=...)`, which tells point by point how far it got; `leave_one_out(risk, "
-    "model, trainer, indices=...)` retrains. More `damping=` shortens the steps, and takes many more of "
-    "them to the same end."
+    "chord steps diverge: the Hessian of the other points is too far from the one held. "
+    "`certify(f, ..., refine=...)` tells point by point how far it got, and `leave_one_out(risk, model, "
+    "trainer, indices=...)` retrains; `refine=0` is a Newton step that nothing judges. More `damping=` "
+    "shortens the steps, and takes many more of them to the same end."
+)
+
+
+_UNSETTLED = (
+    "With every point kept chord steps diverge: the model is too far from a minimum for them, as "
+    "`diagnose(f)` tells. `fit` it further, or use `refine=0`."
 )
 
 
 def require_convergence(
-    found, converge: Bool[Array, "*k"], indices: Int[Array, " k"] | None = None
+    found, settles: Bool[Array, ""], converge: Bool[Array, " k"], indices: Int[Array, " k"]
 ):
-    """`found`, where no chord steps diverge; else a `RuntimeError` that names points."""
-    if not is_concrete(converge):
+    """`found`, where no chord steps diverge: with every point kept, or without each of some points. Else
+    a `RuntimeError`, which names points."""
+    if not is_concrete((settles, converge)):
+        found = eqx.error_if(found, ~settles, _UNSETTLED)
         message = f"Without one of the training points {_DIVERGE}"
         return eqx.error_if(found, ~jnp.all(converge), message)
-    failed = np.flatnonzero(~np.asarray(converge))
-    failed = failed if indices is None else np.asarray(indices)[failed]
+    if not bool(settles):
+        raise RuntimeError(_UNSETTLED)
+    failed = np.asarray(indices)[~np.asarray(converge)]
     if failed.size:
         some = ", ".join(map(str, failed[:5])) + ", …" * (failed.size > 5)
         count = f"{failed.size} of {converge.size} points"
