@@ -310,7 +310,8 @@ def test_pbrf_without_removal_stays():
 def lds_problem(seed: int, m: int = 6, n: int = 11, k: int = 15):
     rng = np.random.default_rng(seed)
     masks = rng.integers(0, 2, (k, n))
-    scores = rng.standard_normal((m, n))
+    # Multiples of 2⁻¹⁰, whose sums are exact: equal masks are ties, in whatever order they are summed.
+    scores = np.round(1024 * rng.standard_normal((m, n))) / 1024
     # Rounding to halves makes ties in both rankings' outcomes.
     outcomes = np.round(2 * (masks @ scores.T + 2 * rng.standard_normal((k, m)))) / 2
     return scores, masks, outcomes
