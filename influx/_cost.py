@@ -23,6 +23,7 @@ _FREE = frozenset(
         "transpose vprim"
     ).split()
 )
+_IDENTITIES = frozenset(("stop_gradient",))
 _STORED = frozenset(("dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add"))
 
 
@@ -116,9 +117,13 @@ def _read(jaxpr: Jaxpr, labels: list[int]) -> tuple[Cost, list[int]]:
     for i, eqn in enumerate(jaxpr.eqns):
         own = [of(v) for v in eqn.invars]
         known |= zip(eqn.outvars, _equation(eqn, own, tally))
-        for v in eqn.outvars:
+        # What nobody reads is not computed, and an identity is what it is of: lineax passes its factor
+        # through one, which is all of a matrix.
+        identity = eqn.primitive.name in _IDENTITIES
+        held = [v for v in eqn.outvars if (v in last or v in kept) and not identity]
+        for v in held:
             tally.hold(known[v], _size(v.aval))
-            made.add(v)
+        made.update(held)
         for v in _variables(eqn) - kept:
             if v in made and last[v] == i:
                 tally.now[known[v]] -= _size(v.aval)
