@@ -69,6 +69,9 @@ def value(
       difference, of which float32 loses what a derivative keeps.
     - `indices`: the training points concerned; all by default.
 
+    **Returns:** a `Value` of arrays [k], one number for each of `indices`, in the unit of `f(queries)`
+    with the sign turned.
+
     **Two conventions.** `value` erases (1/n and l2 stay); `value_centred` renormalises (the mean over
     n − 1 points, as training with weight decay does): the other points take over the weight of the one
     removed. To first order it is Gᵢ − Ḡ, Ḡ the weighted mean, and the change of L_V about wᵢ(Gᵢ − Ḡ)/n.
@@ -77,7 +80,8 @@ def value(
     **Raises:** `ValueError` for held-out data that do not look like the training data, fewer than two
     of them, or an `f` under a transform (a value is of single points, and plain); for "newton", where
     the curvature does not know one point's share (`removal` says which do), for points of weight 0, or
-    a single one. `RuntimeError` naming the points whose chord steps diverge.
+    a single one (a weight that a trace cannot see to be 0 gives NaN, *undecided*). `RuntimeError` naming
+    the points whose chord steps diverge.
 
     **Cost:** |V| solves, and a pass over the training data per block of queries that fits `memory`.
     "newton": a Newton step a point; in both conventions |V| losses, and `refine` + 1 gradients of J and
@@ -140,7 +144,7 @@ def _first_order(f: Influence, heldout: PyTree[Array]) -> Value:
 def _removed(
     f: Influence, heldout: PyTree[Array], indices: Int[Array, " k"], refine: int
 ) -> tuple[Value, Bool[Array, ""], Bool[Array, " k"]]:
-    """(n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̂)] in both conventions, a block of points at a time, and whether the
+    """(n/wᵢ)[L_V(θ̃ᵢ) − L_V(θ̃)] in both conventions, a block of points at a time, and whether the
     steps to them converge."""
     theta, rebuild = ravel(f.model)
     m, per_weight = leading_length(heldout), f.risk.n / f.risk.weights

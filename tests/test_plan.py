@@ -213,6 +213,17 @@ def test_a_cost_is_that_of_the_program():
     assert cost_of(conv, image, None).flops.query == 2 * (3 * 6 * 6) * 2 * 3 * 3
 
 
+def test_a_factor_that_a_solve_only_reads_is_no_temporary():
+    """Else a matrix beyond the byte budget would leave room for one training point at a time."""
+    risk, _, _ = wide_problem(n=20)
+    model = eqx.nn.MLP(40, 4, 16, 1, key=jr.key(0))
+    f = ix.influence(risk, model, ix.GaussNewton(damping=0.1))
+    size = sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
+    index = jnp.zeros((), int)
+    for work in (f.response.displace, lambda i: f.response.solve(jnp.full((1, size), i[0], float))):
+        assert cost_of(lambda _, i, work=work: work(i[None]), index, index).live.fixed < 8 * size**2
+
+
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "1GB"])
 def test_a_memory_limit_is_a_number_of_bytes(bad):
     risk, model, _ = wide_problem()

@@ -365,6 +365,26 @@ def test_a_value_of_a_removal_is_traced_and_differentiated():
     np.testing.assert_allclose(gradient[0], slope, rtol=1e-5)
 
 
+def test_a_value_of_some_points_is_theirs():
+    risk, model, queries = all_weighted()
+    f, some = ix.influence(risk, model), np.array([4, 1])
+    for options in ({}, {"step": "newton"}, {"step": "newton", "refine": 2}):
+        whole, part = ix.value(f, queries, **options), ix.value(f, queries, indices=some, **options)
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            np.testing.assert_allclose(b, a[some], rtol=1e-10)
+    separated = ix.EmpiricalRisk(separable(float), ix.SoftmaxCrossEntropy(), l2=1e-6)
+    g = ix.influence(separated, ix.fit(separated, linear_model(), ix.Newton()))
+    with pytest.raises(RuntimeError, match=r"1 of 2 points \(86\)"):
+        ix.value(g, separated.data, "newton", refine=3, indices=[5, 86])
+
+
+def test_a_value_that_memory_does_not_hold_is_refused():
+    risk, model, queries = all_weighted()
+    f = ix.influence(risk, model, memory=100)
+    with pytest.raises(ValueError, match=r"one training point's share.*memory="):
+        ix.value(f, queries, "newton", refine=1)
+
+
 def test_what_is_undefined_is_undecided():
     """A weight that no trace can see to be 0."""
     _, risk, model, queries = problem("softmax")

@@ -46,8 +46,11 @@ class Newton(AbstractEffect):
     points: int | None = eqx.field(static=True, default=None)
 
     def scheduled(self, f, query, queries, kept, limits):
+        without = Without(f.response, self.refine)
+
         def pair(query, index):
-            return _outcome(f, self._steps(f, index[None])[0][0], query)
+            steps, _ = without.steps(index[None], f.response.displace(index[None]))
+            return _outcome(f, steps[0], query)
 
         m = jax.eval_shape(lambda q: f.measurement(f.risk, f.model, q), query)
         cost = cost_of(pair, query, jax.ShapeDtypeStruct((), jnp.arange(0).dtype))
@@ -74,18 +77,17 @@ class Newton(AbstractEffect):
         (query, settles), before = prepared
         indices = jnp.arange(f.risk.n) if indices is None else indices
         theta, _ = ravel(f.model)
+        without = Without(f.response, self.refine)
 
         def block(places):
-            steps, converge = self._steps(f, indices[places])
+            points = indices[places]
+            steps, converge = without.steps(points, f.response.displace(points))
             after = jax.vmap(lambda step: _outcome(f, step, query))(steps)
-            return require_convergence(after, settles, converge, indices[places])
+            return require_convergence(after, settles, converge, points)
 
         points = self.points or f.response.limits.rows(8 * theta.size, theta.dtype)
         after = map_blocks(block, indices.size, points)
         return jnp.moveaxis(after - before[None], 0, -1)
-
-    def _steps(self, f, indices):
-        return Without(f.response, self.refine).steps(indices, f.response.displace(indices))
 
 
 def _outcome(f, step, query) -> jax.Array:
