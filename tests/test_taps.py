@@ -296,6 +296,7 @@ def test_layers_hold_every_parameter_once_with_the_gradient_of_reverse_mode(name
     U = jr.normal(jr.key(2), (2, *out.shape))
     value, rows = jax.jit(lambda example: watch.rows(example, lambda o: U))(x)
     np.testing.assert_allclose(value, out, rtol=1e-12)
+    assert [layer.rank_one for layer in watch.layers] == [row.is_rank_one for row in rows]
 
     def gradient(u):
         along = lambda p: jnp.sum(u * eqx.combine(p, static)(x))

@@ -21,7 +21,7 @@ from .ggn import GaussNewton
 from .kronecker import EigenBlock, Kronecker
 from .kronecker_diagonal import penalty_diagonals, second_moments
 from .kronecker_factors import eigenblock, factors
-from .kronecker_rows import applied_once, watched
+from .kronecker_rows import watched
 from .low_rank import low_rank
 from .truncated import truncated
 
@@ -98,8 +98,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
         if self.tolerance > 0:
             name = f"{type(self).__name__}(tolerance={self.tolerance})"
             require_concrete(name, blocks, penalties)
-            once = applied_once(ruled(risk, self.rules), model)
-            blocks = [_near(*parts, self.tolerance) for parts in zip(blocks, penalties, once)]
+            blocks = [_near(*parts, self.tolerance) for parts in zip(blocks, penalties)]
         return Kronecker.of(model, blocks, self.rules)
 
     def lower_end(self, risk, model):
@@ -205,10 +204,10 @@ def _checked_tolerance(tolerance: float) -> float:
     return float(tolerance)
 
 
-def _near(block: EigenBlock, penalties, once: bool, tolerance: float) -> EigenBlock:
+def _near(block: EigenBlock, penalties, tolerance: float) -> EigenBlock:
     """The block with its inverse as few terms, where gradients are outer products, or at few
     coordinates: whichever takes fewer products a pair."""
-    found = [low_rank(block, tolerance)] if once else []
+    found = [low_rank(block, tolerance)] if block.layer.rank_one else []
     if block.layer.size >= _SMALLEST:
         found.append(truncated(block, penalties, tolerance))
     return min(found, key=lambda near: near.products, default=block)

@@ -46,14 +46,6 @@ def _uncovered(found: list[Uncovered]) -> str:
     )
 
 
-def applied_once(risk: EmpiricalRisk, model: Model) -> list[bool]:
-    """For each layer whether an example's gradient is one outer product."""
-    watch = watched(risk, model)
-    one = take(risk.data[0], 0)
-    rows = jax.eval_shape(lambda x: watch.rows(x, lambda o: o[None])[1], one)
-    return [row.is_rank_one for row in rows]
-
-
 def sum_over_examples(
     of_block: Callable[[list[Parts], Float[Array, " b"]], Total],
     fisher: GaussNewton | Fisher,

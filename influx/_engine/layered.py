@@ -211,7 +211,7 @@ def _ways(block: EigenBlock, rows: Rows) -> list[str]:
 def _choices(block: EigenBlock, m: Rows, g: Rows) -> tuple[Piece, ...]:
     """The pieces that a layer may be scored by, m being a query's rows and g a training point's."""
     layer = block.layer
-    nameless = replace(block, layer=Layer((), (), layer.shape, "", layer.dense))
+    nameless = replace(block, layer=Layer((), (), layer.shape, "", layer.dense, layer.rank_one))
     return tuple(
         Piece(layer.paths, way, *_cost(way, *_shapes((nameless, m, g)))) for way in _ways(block, m)
     )

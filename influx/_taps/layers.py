@@ -60,6 +60,7 @@ class Layer:
     - `taps`: the taps that use it, and whether each sees the matrix transposed
     - `treatment`: what the curvature makes of it, in words
     - `dense`: whether the left and the right factor are matrices (else diagonals)
+    - `rank_one`: whether the gradient of one example is one outer product: one place, not one-hot
     """
 
     paths: tuple[str, ...]
@@ -67,6 +68,7 @@ class Layer:
     shape: tuple[int, int, int]
     treatment: str
     dense: tuple[bool, bool]
+    rank_one: bool
     view: View | None = None
     axes: tuple[int, ...] = ()
     taps: tuple[tuple[int, bool], ...] = ()
@@ -200,6 +202,7 @@ def _kronecker(taps: list[Tap], leaf, bias, paths, shapes) -> Layer | None:
         return None
     indexed = all(tap.indexed for tap in taps) and not any(swaps)
     r = r + (bias is not None)
+    places = sum(math.prod(tap.struct.shape) for tap in taps) // (S * l)
     dense = (l <= _DENSE, r <= _DENSE and not indexed)
     return Layer(
         paths=(paths[leaf],) if bias is None else (paths[leaf], paths[bias]),
@@ -207,6 +210,7 @@ def _kronecker(taps: list[Tap], leaf, bias, paths, shapes) -> Layer | None:
         shape=(S, l, r),
         treatment=_treatment(dense, indexed),
         dense=dense,
+        rank_one=places == 1 and not indexed,
         view=first.view,
         axes=first.axes,
         taps=tuple((tap.key, swap) for tap, swap in zip(taps, swaps)),
@@ -238,7 +242,9 @@ def _treatment(dense: tuple[bool, bool], indexed: bool) -> str:
 def _direct(uses: list[Use], leaf: int, path: str, shape: tuple[int, ...]) -> Layer | None:
     """A leaf whose gradients are taken as they are."""
     size = math.prod(shape)
-    make = lambda shape, treatment, dense: Layer((path,), (leaf,), shape, treatment, dense)
+    make = lambda shape, treatment, dense: Layer(
+        (path,), (leaf,), shape, treatment, dense, rank_one=shape[2] == 1
+    )
     if not uses:
         return make((1, size, 1), "unused", (False, False))
     if size <= _EXACT:
