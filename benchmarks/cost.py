@@ -1,9 +1,9 @@
 """What Kronecker-factored influence costs in passes over the data, and how that grows.
 
-    python -m benchmarks.cost
+    python -m benchmarks.cost                     # or only the passes of: mlp cnn transformer
 
-Passes: the network of the task "mlp" on its 4,000 training points, float32. A gradient pass is ∇J over
-all points, a forward pass all their losses. What of EK-FAC's fit runs over the data, the factors and the
+Passes: the networks of `benchmarks._tasks` on 4,000 images, float32. A gradient pass is ∇J over all
+points, a forward pass all their losses. What of EK-FAC's fit runs over the data, the factors and the
 diagonal in their eigenbasis, is timed apart from the eigenvectors. The times of a row are the least of
 several warm calls that take turns, each after a pause: LAPACK's threads keep a processor busy for some
 time after their work is done, which would be charged to whatever comes next. Within a whole fit there is
@@ -37,6 +37,7 @@ from influx._curvature.kronecker_factors import eigenblock, factors
 from influx._curvature.kronecker_rows import watched
 from influx._gradients import risk_gradient
 
+NETWORKS = "mlp", "cnn", "transformer"
 POINTS = (1_000, 4_000, 16_000, 64_000)
 WIDTHS = (64, 128, 256, 512, 1024)
 FEATURES, QUERIES, TOLERANCE = 256, 64, 0.05
@@ -69,12 +70,13 @@ def parts_of_fit(curvature, risk, model) -> list[Callable]:
     return [first, second, eigenvectors]
 
 
-def passes(console: Console) -> None:
-    risk = TASKS["mlp"].risk()
-    model = TASKS["mlp"].fitted(risk, 0)
+def passes(console: Console, name: str) -> None:
+    task = TASKS[name]
+    risk = task.risk()
+    model = task.fitted(risk, 0)
     gradient = eqx.Partial(eqx.filter_jit(risk_gradient), risk, model)
     forward = eqx.Partial(eqx.filter_jit(lambda risk, model: risk.losses(model)), risk, model)
-    table = Table(title="passes over 4,000 points, 784-256-128-10")
+    table = Table(title=f"passes over {risk.n:,} points, {name}")
     for column in (
         "",
         "milliseconds",
@@ -85,7 +87,7 @@ def passes(console: Console) -> None:
         "of kind",
     ):
         table.add_column(column)
-    for name, curvature in {
+    for title, curvature in {
         "fit, sampled labels": ix.EKFAC("sampled", key=jr.key(0), damping=1e-3),
         "fit, exact, 10 classes": ix.EKFAC(damping=1e-3),
     }.items():
@@ -93,9 +95,9 @@ def passes(console: Console) -> None:
         *seconds, one = least(fit, *parts_of_fit(curvature, risk, model), gradient)
         _, first, second, _ = seconds
         cells = [f"{1e3 * t:.0f}" for t in seconds]
-        table.add_row(name, *cells, f"{(first + second) / one:.2f}", "gradient")
+        table.add_row(title, *cells, f"{(first + second) / one:.2f}", "gradient")
     f = ix.influence(risk, model, ix.EKFAC(damping=1e-3))
-    query = jax.tree_util.tree_map(lambda x: x[:1], TASKS["mlp"].data()[1])
+    query = jax.tree_util.tree_map(lambda x: x[:1], task.data()[1])
     scored, one = least(lambda: f(query), forward)
     table.add_row(
         "one query, all points", f"{1e3 * scored:.0f}", "", "", "", f"{scored / one:.2f}", "forward"
@@ -142,13 +144,17 @@ def measured(n: int, width: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("tasks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--one", nargs=2, type=int)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one_setting(*options.one)))
         return
     console = Console(width=120)
-    passes(console)
+    for name in options.tasks:
+        passes(console, name)
+    if options.tasks != list(NETWORKS):
+        return
     growth(console, "n training points, width 256", POINTS, [(n, 256) for n in POINTS])
     growth(console, "width, n = 4,000", WIDTHS, [(4_000, w) for w in WIDTHS])
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import equinox as eqx
 import jax
 import jax.nn as jnn
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ from jaxtyping import Array, Float
 import influx as ix
 
 from .._agreement import Agreement, agreement
-from .._chunks import chunk_length, map_blocks, take
-from .._linalg import ravel
+from .._chunks import take
+from .._removal.evidence import logits_without
 from .problem import Config, Problem, load
 
 STAGES = (
@@ -157,21 +156,13 @@ def run(config: Config, on_stage: Callable[[str], None] = lambda _: None) -> Res
     )  # fmt: skip
 
 
-@eqx.filter_jit
 def others_probabilities(f: ix.Influence) -> Float[Array, "n C"]:
     """p(xᵢ; θ̂₋ᵢ): what the other points believe of each training point (one Newton step, P10).
 
     Its argmax is the suggested label. A label suggested by the model that was trained on the point
     would lean towards the label in question.
     """
-    theta, rebuild = ravel(f.model)
-
-    def one(step, x):
-        logits = f.risk.loss.class_logits(f.risk.output(rebuild(theta + step), x))
-        return jnn.softmax(logits)
-
-    block = lambda i: jax.vmap(one)(f.response.displace(i), take(f.risk.data[0], i))
-    return map_blocks(block, f.risk.n, min(f.risk.n, chunk_length(8 * theta.size, theta.dtype)))
+    return jnn.softmax(logits_without(f))
 
 
 def behind_test_digits(f: ix.Influence, problem: Problem, k: int = 4) -> Examples:

@@ -8,9 +8,10 @@ import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float, Int
 
 from .._checks import check_held
-from .._chunks import chunk_length, chunked_map, leading_length, map_blocks, take
+from .._chunks import chunk_length, chunked_map, leading_length, take
 from .._curvature import Hessian
 from .._custom_types import Model
+from .._engine import map_points
 from .._influence import Influence, influence
 from .._linalg import dot, ravel
 from .._measurement.margin import margin
@@ -38,7 +39,7 @@ def by_model(risk: EmpiricalRisk, model: Model, labels: Int[Array, " n"]) -> Evi
 
     def ask(start: Model, trusted: EmpiricalRisk) -> tuple[Model, Evidence]:
         fitted = fit(trusted, start, trainer)
-        logits = _logits_without(influence(trusted, fitted, Hessian()))
+        logits = logits_without(influence(trusted, fitted, Hessian()))
         return fitted, Evidence(logits, jax.vmap(margin)(logits, labels))
 
     model, found = ask(model, risk)
@@ -49,7 +50,8 @@ def by_model(risk: EmpiricalRisk, model: Model, labels: Int[Array, " n"]) -> Evi
 
 
 @eqx.filter_jit
-def _logits_without(f: Influence) -> Float[Array, "n C"]:
+def logits_without(f: Influence) -> Float[Array, "n C"]:
+    """Those of each training point at θ̂₋ᵢ, one Newton step without the point."""
     theta, rebuild = ravel(f.model)
 
     def logits(step, x):
@@ -58,7 +60,7 @@ def _logits_without(f: Influence) -> Float[Array, "n C"]:
     def block(indices):
         return jax.vmap(logits)(f.response.displace(indices), take(f.risk.data[0], indices))
 
-    return map_blocks(block, f.risk.n, min(f.risk.n, chunk_length(8 * theta.size, theta.dtype)))
+    return map_points(block, f.risk.n, f.response.limits, theta.dtype)
 
 
 @eqx.filter_jit
