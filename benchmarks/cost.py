@@ -144,16 +144,16 @@ def measured(n: int, width: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("tasks", nargs="*", default=list(NETWORKS))
+    parser.add_argument("tasks", nargs="*")
     parser.add_argument("--one", nargs=2, type=int)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one_setting(*options.one)))
         return
     console = Console(width=120)
-    for name in options.tasks:
+    for name in options.tasks or NETWORKS:
         passes(console, name)
-    if options.tasks != list(NETWORKS):
+    if options.tasks:
         return
     growth(console, "n training points, width 256", POINTS, [(n, 256) for n in POINTS])
     growth(console, "width, n = 4,000", WIDTHS, [(4_000, w) for w in WIDTHS])

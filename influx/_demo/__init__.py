@@ -1,1 +1,1 @@
-"""`influx demo`: digits with flipped labels, from data to report. Uses the public names alone."""
+"""`influx demo`: digits with flipped labels, from data to report."""
