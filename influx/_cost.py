@@ -38,9 +38,6 @@ class Parts(NamedTuple):
     def plus(self, other: "Parts") -> "Parts":
         return Parts(*(a + b for a, b in zip(self, other)))
 
-    def at(self, queries: int, points: int) -> float:
-        return self.fixed + queries * self.query + points * (self.point + queries * self.pair)
-
 
 class Cost(NamedTuple):
     """- `flops`: additions and multiplications, each by itself

@@ -14,9 +14,9 @@ from ._engine import map_points
 from ._influence import Influence, check_influence
 from ._linalg import ravel
 from ._measurement import Margin
-from ._response import Without, check_removal_step, require_convergence
+from ._response import Without, check_removal_step, require_convergence, require_steps
 from ._risk import EmpiricalRisk
-from ._validate import class_logits_shape, require_labels
+from ._validate import class_labels, class_logits_shape, require_labels
 
 LABELS = ("generalized upon", "memorized", "not fitted")
 
@@ -61,7 +61,8 @@ def memorization(
 
     **Raises:** `ValueError` for an unknown step, a loss without classes, "newton" with a curvature
     that does not know one point's share, or `refine` without "newton"; `RuntimeError` naming the points
-    whose chord steps diverge. Measurement, scale and effect of `f` play no part.
+    whose chord steps diverge, or without which H is not positive definite. Measurement, scale and
+    effect of `f` play no part.
 
     **Cost:** n solves and n gradients, whichever step; `refine` chord steps another refine + 1
     times n gradients of J and n solves.
@@ -77,7 +78,7 @@ def memorization(
     if step == "first-order":
         return _memorization(f, _first_order_change(f))
     change = require_convergence(*_newton_change(f, refine), jnp.arange(f.risk.n))
-    return _memorization(f, change)
+    return _memorization(f, require_steps(change))
 
 
 @eqx.filter_jit
@@ -105,7 +106,7 @@ def own_margins(risk: EmpiricalRisk, model: Model) -> tuple[Float[Array, " n"], 
         x, y = example
         output = risk.output(model, x)
         logits = risk.loss.class_logits(output)
-        return Margin().of_output(risk.loss, output, y), jnp.argmax(logits) == y.reshape(())
+        return Margin().of_output(risk.loss, output, y), jnp.argmax(logits) == class_labels(y)[0]
 
     return jax.vmap(one)(risk.data)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ._checks import is_concrete
 from ._chunks import take
@@ -170,6 +170,11 @@ def class_logits_shape(risk: EmpiricalRisk, model: Model) -> jax.ShapeDtypeStruc
             "Return one from `logits=`: for a binary output z that is `jnp.stack([0 * z, z])`."
         )
     return logits
+
+
+def class_labels(targets: Array) -> Int[Array, " n"]:
+    """Labels as whole numbers: yes-or-no labels may be numbers of any kind, or bool."""
+    return jnp.asarray(targets).reshape(-1).astype(int)
 
 
 def require_labels(risk: EmpiricalRisk) -> None:

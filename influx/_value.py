@@ -50,7 +50,7 @@ def value(
     """Whether each training point helps or harms the model on held-out data.
 
     Gᵢ > 0: *helpful*, removing the point raises the mean loss L_V over `heldout` = (inputs, targets);
-    Gᵢ ≤ 0: *harmful*. |Gᵢ| < 2 standard errors is *undecided*: another held-out sample might say
+    Gᵢ < 0: *harmful*. 0, and |Gᵢ| < 2 standard errors, is *undecided*: another held-out sample might say
     otherwise. That is about V, which is a sample; whether the sign is right for this V is what `step`,
     and `certify(f, heldout, mean=True)`, are about.
 
@@ -80,8 +80,9 @@ def value(
     **Raises:** `ValueError` for held-out data that do not look like the training data, fewer than two
     of them, or an `f` under a transform (a value is of single points, and plain); for "newton", where
     the curvature does not know one point's share (`removal` says which do), for points of weight 0, or
-    a single one (a weight that a trace cannot see to be 0 gives NaN, *undecided*). `RuntimeError` naming
-    the points whose chord steps diverge.
+    a single one. `RuntimeError` naming the points whose chord steps diverge. NaN, *undecided*, stands
+    for a point without which H is not positive definite (leverage 1, or a loss not convex in its
+    output), and where a trace cannot see that a weight is 0.
 
     **Cost:** |V| solves, and a pass over the training data per block of queries that fits `memory`.
     "newton": a Newton step a point; in both conventions |V| losses, and `refine` + 1 gradients of J and
@@ -119,14 +120,16 @@ def require_plain(f: Influence, verb: str) -> None:
 
 
 def _check_removable(f: Influence, indices: Int[Array, " k"] | None) -> None:
-    absent = 0
+    present, absent = f.risk.n, 0
     if is_concrete(f.risk.weights):
         weights = np.asarray(f.risk.weights)
+        present = int(np.sum(weights > 0))
         absent = int(np.sum(weights[... if indices is None else np.asarray(indices)] == 0))
-    if f.risk.n < 2 or absent:
+    if present < 2 or absent:
         raise ValueError(
             'The value of a whole removal, `step="newton"`, is of points that can be removed: of more '
-            f"than one, of weights above 0; got {f.risk.n} points, {absent} of weight 0. Use "
+            f"than one, of weights above 0; got {present} such "
+            f"points, and asked about {absent} of weight 0. Use "
             '`step="first-order"`, which says what a point would add as well.'
         )
 
@@ -187,5 +190,5 @@ def _moments(f: Influence, heldout: PyTree[Array]) -> tuple[Float[Array, " n"], 
 
 def _judged(G, centred, standard_error) -> Value:
     helpful = jnp.where(G > 0, 0, 1)
-    decided = jnp.abs(G) >= 2 * standard_error  # not so where G is NaN
+    decided = (G != 0) & (jnp.abs(G) >= 2 * standard_error)  # not so where G is NaN
     return Value(G, centred, standard_error, jnp.where(decided, helpful, 2))

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis.strategies import SearchStrategy
@@ -38,7 +38,6 @@ class Record:
     examples: int = 0
     worst: float = 0.0
     caught: int = 0
-    failures: list[str] = field(default_factory=list)
 
 
 REGISTRY: dict[str, Proposition] = {}

@@ -674,6 +674,13 @@ VERBS = {
     "groups vector": (lambda w: ix.groups(w.f, np.ones(N)), r"got \(12,\)", r"mask\[None\]"),
     "groups empty": (lambda w: ix.groups(w.f, np.ones((0, N))), r"got \(0, 12\)", r"\[k, 12\]"),
     "groups NaN": (lambda w: ix.groups(w.f, put(MASKS, (0, 3), np.nan)), "NaN", "1 is a member"),
+    "measure nothing": (
+        lambda w: ix.measure(w.f, lambda m, x: jnp.zeros(0))(Xq),
+        "empty vector",
+        "nothing is measured",
+    ),
+    "groups negative": (lambda w: ix.groups(w.f, -MASKS), "negative", "1 is a member"),
+    "groups of groups": (lambda w: ix.groups(w.groups, MASKS), "in groups already", "unions"),
     "groups members": (
         lambda w: ix.groups(w.f, [[0, 1], [2]]),
         "rows of different lengths",
@@ -758,7 +765,7 @@ VERBS = {
     ),
     "value of no removal": (
         lambda w: ix.value(w.absent, (Xq, yq), "newton"),
-        "points, 1 of weight 0",
+        "11 such points, and asked about 1 of weight 0",
         'step="first-order"',
     ),
     "value without a Newton step": (

@@ -238,6 +238,37 @@ def test_a_step_is_taken_for_each_batch_that_is_counted():
     np.testing.assert_allclose(moved, steps * (steps + 1) / 2)
 
 
+@pytest.mark.parametrize("kind", [float, bool])
+def test_yes_or_no_labels_may_be_of_any_kind(kind):
+    def found(kind):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(80, 4))
+        y = (x[:, :1] + 0.5 * rng.normal(size=(80, 1)) > 0).astype(kind)
+        risk = ix.EmpiricalRisk((x[:60], y[:60]), ix.BinaryCrossEntropy(), l2=1e-2)
+        heldout = x[60:], y[60:]
+        model = eqx.nn.Linear(4, 1, key=jax.random.key(0))
+        settings = {"head": lambda m: m, "budget": 0.9, "warmup": 1, "every": 2}
+        run = ix.train_with_removal(risk, model, trainer(epochs=3), heldout=heldout, **settings)
+        fitted = ix.fit(risk, model, ix.Newton())
+        suspects = ix.find_mislabelled(risk, fitted, evidence="model")
+        label = ix.memorization(ix.influence(risk, fitted)).label
+        return run.history.heldout, suspects.margin_without, label
+
+    for got, wanted in zip(found(kind), found(int)):
+        np.testing.assert_allclose(got, wanted, rtol=1e-10)
+
+
+@pytest.mark.parametrize("watched", [lambda m: "a", lambda m: m])
+def test_what_cannot_be_stacked_is_refused_before_training(watched):
+    with pytest.raises(ValueError, match=r"leaves of type \w+.*eqx\.filter"):
+        trained(watch=watched)
+
+
+def test_a_budget_of_no_point_is_refused():
+    with pytest.raises(ValueError, match=r"of 80 points is none.*single point is 0\.0125"):
+        pruned(budget=0.005)
+
+
 def test_the_warm_up_is_the_trainers_own_run():
     """With the same batches: the model after 3 warm-up epochs is `fit`'s after 3."""
     weight = lambda m: m.layers[0].weight

@@ -341,6 +341,97 @@ def test_rounding_is_no_divergence(dtype, noise):
             assert np.isfinite(ix.value(f, data, "newton", refine=refine).value).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("points", [20, 200])
+def test_rounding_is_no_divergence_where_parameters_are_few_or_0(points, seed):
+    """One parameter without a signal, whose own last digit says little of the sum that ∇J is."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(points, 1)), rng.normal(size=points)
+    one = eqx.nn.Linear(1, "scalar", use_bias=False, key=jr.key(0))
+    mirrored = np.concatenate([x, -x]), np.concatenate([y, y])
+    for data, loss, l2 in (
+        ((x, y), ix.SquaredError(), 1e-2),
+        ((x, (y > 0).astype(float)), ix.BinaryCrossEntropy(), 1e-2),
+        (mirrored, ix.SquaredError(), 0.1),
+    ):
+        risk = ix.EmpiricalRisk(data, loss, l2=l2)
+        f = ix.influence(risk, ix.fit(risk, one, ix.Newton()))
+        for refine in (2, 3, 12):
+            assert np.isfinite(ix.value(f, data, "newton", refine=refine).value).all()
+
+
+def test_where_the_others_have_no_minimum_nearby_there_is_no_newton_step():
+    """A loss that is not convex: H ≻ 0 with all points, and a maximum of the risk of the others."""
+    x, y = np.ones((5, 1)), np.array([0.0, -1.5, 1.45, -1.2, 1.3])
+    risk = ix.EmpiricalRisk(
+        (x, y),
+        ix.CustomLoss(lambda o, t: jnp.square(o - t) / (1 + jnp.square(o - t))),
+        l2=1e-3,
+        weights=np.array([3.0, 1, 1, 1, 1]),
+    )
+    start = eqx.nn.Linear(1, "scalar", use_bias=False, key=jr.key(0))
+    start = eqx.tree_at(lambda m: m.weight, start, jnp.full((1, 1), -0.006))
+    f = ix.influence(risk, ix.fit(risk, start, ix.Newton()))
+    alone = np.array([True, False, False, False, False])
+    for found in (
+        ix.removal(f, "newton")((x, y))[0],
+        ix.value(f, (x, y), "newton").value,
+        ix.removal(ix.influence(risk, f.model, ix.CG(ix.Hessian())), "newton")((x, y))[0],
+    ):
+        np.testing.assert_array_equal(np.isnan(np.asarray(found)), alone)
+    assert int(ix.value(f, (x, y), "newton").verdict[0]) == 2
+
+
+@pytest.mark.parametrize("scale", [0.9, 1.0, 1.1, 1.3, 2.7])
+def test_a_point_of_leverage_1_has_no_newton_step(scale):
+    """Without it its direction is nobody's, and what is left of the curvature there is rounding."""
+    x = scale * np.array([[1.0, 0.3], [1.0, 0.3], [1.0, 0.3], [0.7, 1.1]])
+    data = x, np.array([1.0, 2.0, 4.0, 3.0])
+    risk = ix.EmpiricalRisk(data, ix.SquaredError())
+    linear = eqx.nn.Linear(2, "scalar", use_bias=False, key=jr.key(0))
+    f = ix.influence(risk, ix.fit(risk, linear, ix.Newton()))
+    found = ix.value(f, data, "newton")
+    np.testing.assert_array_equal(np.isnan(np.asarray(found.value)), [False, False, False, True])
+    with pytest.raises(RuntimeError, match=r"1 of 4 points \(3\) chord steps diverge"):
+        ix.value(f, data, "newton", refine=2)
+
+
+def test_memorization_names_points_without_which_there_is_no_newton_step():
+    """Points that are yes at x = 0 and no elsewhere, of which one alone is at x = 0; no l2."""
+    x = np.array([[1.0, 0.0]] * 6 + [[0.0, 1.0]])
+    risk = ix.EmpiricalRisk((x, np.array([0, 1, 0, 1, 1, 0, 1.0])), ix.BinaryCrossEntropy())
+    model = eqx.nn.Linear(2, "scalar", use_bias=False, key=jr.key(0))
+    with pytest.raises(
+        RuntimeError, match=r"1 of 7 points \(6\) the Hessian is not positive definite"
+    ):
+        ix.memorization(ix.influence(risk, model))
+
+
+def test_a_point_without_an_effect_is_undecided_and_undefined():
+    x, y, queries = *separable(np.float64), separable(np.float64)
+    x = np.array(x)
+    x[:3] = 0
+    model = eqx.nn.Linear(x.shape[1], 3, use_bias=False, key=jr.key(0))
+    risk = ix.EmpiricalRisk((x, y), ix.SoftmaxCrossEntropy(), l2=1e-2)
+    f = ix.influence(risk, ix.fit(risk, model, ix.Newton()))
+    for step in ("first-order", "newton"):
+        assert (np.asarray(ix.value(f, queries, step).verdict)[:3] == 2).all()
+    for g in (f, ix.relative(f, "loss")):
+        assert ix.diagnose(g)["undefined"].figure.startswith(f"3 of {len(x)}")
+
+
+def test_stationarity_does_not_depend_on_the_unit_of_the_weights():
+    def shown(unit):
+        x, y = separable(np.float64)
+        weights = unit * np.where(np.arange(len(x)) < 5, 0.0, 1.0)
+        risk = ix.EmpiricalRisk((x, y), ix.SoftmaxCrossEntropy(), l2=unit * 1e-2, weights=weights)
+        return ix.diagnose(ix.influence(risk, linear_model()))["stationarity"]
+
+    once, small = shown(1.0), shown(1e-3)
+    assert once.verdict == small.verdict == "bad"
+    assert once.figure.split(", ")[1] == small.figure.split(", ")[1]
+
+
 def test_a_value_of_a_removal_is_traced_and_differentiated():
     risk, model, queries = all_weighted()
     f = ix.influence(risk, model)

@@ -31,6 +31,10 @@ class AbstractNewtonSteps(eqx.Module):
         """Δθᵢ = −(H₋ᵢ + λI)⁻¹∇J₋ᵢ(θ̂)."""
 
 
+# A leverage that is 1 to so many units of rounding is 1.
+_ROUNDING = 1000
+
+
 class OutputTerms(eqx.Module):
     """What k points contribute to J through their outputs: (wᵢ/n) Aᵢᵀ rᵢ to ∇J and (wᵢ/n) AᵢᵀSᵢAᵢ
     to its Gauss–Newton matrix."""
@@ -49,7 +53,17 @@ class OutputTerms(eqx.Module):
         """uᵢ = (I − (wᵢ/n) SᵢKᵢ)⁻¹ (wᵢ/n)(rᵢ + SᵢAᵢδ₀), `leverage` being Kᵢ and `moved` Aᵢδ₀."""
         product = self.share[:, None, None] * einsum("kab,kbc->kac", self.hessian, leverage)
         matrix = jnp.eye(moved.shape[1], dtype=moved.dtype)[None] - product
-        return jnp.linalg.solve(matrix, self.slope(moved)[..., None])[..., 0]
+        found = jnp.linalg.solve(matrix, self.slope(moved)[..., None])[..., 0]
+        left = 1 - jax.lax.stop_gradient(self.most(leverage))
+        # What is left of the curvature is rounding, or none.
+        return jnp.where(left[:, None] > _ROUNDING * jnp.finfo(left.dtype).eps, found, jnp.nan)
+
+    def most(self, leverage: Float[Array, "k K K"]) -> Float[Array, " k"]:
+        """The largest eigenvalue of (wᵢ/n) SᵢKᵢ: H₋ᵢ ≻ 0, given H ≻ 0, where it is below 1."""
+        values, basis = jnp.linalg.eigh(0.5 * (leverage + leverage.swapaxes(1, 2)))
+        root = basis * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]  # K = root rootᵀ
+        inner = einsum("kba,kbc,kcd->kad", root, self.hessian, root)
+        return jnp.max(jnp.linalg.eigvalsh(self.share[:, None, None] * inner), axis=1)
 
 
 def output_terms(
@@ -76,7 +90,8 @@ class Woodbury(AbstractNewtonSteps):
 
         Δθᵢ = δ₀ + H⁻¹Aᵢᵀuᵢ,    uᵢ = (I − (wᵢ/n) SᵢKᵢ)⁻¹ (wᵢ/n)(rᵢ + SᵢAᵢδ₀).
 
-    For scalar squared loss (S = 1) the middle factor is 1/(1 − hᵢ), hᵢ = (wᵢ/n)Kᵢ. K solves a point.
+    For scalar squared loss (S = 1) the middle factor is 1/(1 − hᵢ), hᵢ = (wᵢ/n)Kᵢ. Where H₋ᵢ is not
+    positive definite, or singular to rounding (hᵢ = 1), there is no step: NaN. K solves a point.
     """
 
     def steps(self, risk, model, factored, jacobian, indices):

@@ -236,7 +236,7 @@ def rank_flipped(memorization: ix.Memorization, flipped: np.ndarray) -> Ranking:
 
 
 def remove_and_refit(problem: Problem, value: ix.Value, config: Config) -> dict[str, Quality]:
-    """Refit without the points whose verdict is *harmful*: Gᵢ ≤ 0 beyond two standard errors.
+    """Refit without the points whose verdict is *harmful*: Gᵢ < 0 beyond two standard errors.
 
     The rule has no parameter to tune and reads the held-out digits alone; the test digits and the
     knowledge of which labels were flipped play no part. Two references frame the answer: as many

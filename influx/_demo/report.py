@@ -154,7 +154,7 @@ def removal_table(results: Results) -> Section:
     q = results.qualities
     section = _table(
         "5  Removing the harmful points",
-        "Removed where the verdict is harmful: G ≤ 0 beyond two standard errors, on held-out digits "
+        "Removed where the verdict is harmful: G < 0 beyond two standard errors, on held-out digits "
         "alone. Their own loss flatters the choice; the test digits had no part in it. The last "
         "rows are references, and only the demo knows which labels were flipped.",
         "removed", "points", "held-out\nloss", "held-out\naccuracy", "test\nloss", "test\naccuracy",

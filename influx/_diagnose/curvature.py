@@ -14,6 +14,7 @@ from .._gradients import example_gradient, map_gradients, risk_gradient
 from .._influence import Influence
 from .._linalg import ravel
 from .._response import implicit_response
+from .._scale import Unscaled
 from .._solver.bounds import ritz_values
 from .base import Finding, finding, judge
 
@@ -33,7 +34,7 @@ def of_curvature(f: Influence) -> tuple[Finding, ...]:
         _solve(f, state, low),
         _precision(state),
         _self_influence(f, state),
-        _undefined(f),
+        _undefined(f, state),
     )
 
 
@@ -58,7 +59,10 @@ def _measure(f: Influence) -> dict:
     s, residuals, done, steps, missed = map_gradients(self_product, f.risk, f.model, data)
     return {
         "gradient": jnp.linalg.norm(gradient),
-        "typical": jnp.sqrt(jnp.mean(squares)),
+        "typical": jnp.sqrt(
+            jnp.mean(jnp.square(f.risk.weights) * squares, where=f.risk.weights > 0)
+        ),
+        "still": jnp.sum(squares == 0),
         "self": s,
         "rise": f.risk.weights[drawn] * s / f.risk.n,
         "residuals": residuals,
@@ -266,12 +270,12 @@ def _self_influence(f: Influence, state: dict) -> Finding:
     )
 
 
-def _undefined(f: Influence) -> Finding:
-    count = int(jnp.sum(f.undefined))
+def _undefined(f: Influence, state: dict) -> Finding:
+    count = int(state["still"] if isinstance(f.scale, Unscaled) else jnp.sum(f.undefined))
     return finding(
         "undefined",
         f"{count} of {f.risk.n} points",
         "warning" if count else "good",
-        "Training points with gradient 0, whose relative influence is 0/0 and stands as NaN.",
-        "`f.undefined` lists them; plain influence of those points is 0.",
+        "Training points whose relative influence is 0/0 and stands as NaN: those of gradient 0.",
+        '`relative(f, "loss").undefined` lists them; plain influence of those points is 0.',
     )

@@ -33,6 +33,8 @@ class Custom(AbstractMeasurement):
                 "A measurement is a scalar or a vector per query, got "
                 f"{shape}. Return `jnp.ravel(...)` of what you measure."
             )
+        if shape.size == 0:
+            raise ValueError(f"The measurement is an empty vector, {shape}: nothing is measured.")
         if not jnp.issubdtype(shape.dtype, jnp.floating):
             raise ValueError(
                 f"A measurement must be a real number, got dtype {shape.dtype}: a decision has no "

@@ -12,7 +12,7 @@ from .._custom_types import Model
 from .._jacobian import is_affine
 from .._memorization import own_margins
 from .._risk import EmpiricalRisk
-from .._validate import class_logits_shape, require_labels, validate
+from .._validate import class_labels, class_logits_shape, require_labels, validate
 from .evidence import by_features, by_model
 
 REASONS = ("agrees with the others", "memorized", "not fitted")
@@ -122,7 +122,7 @@ def find_mislabelled(
             'affine in its parameters. Use `evidence="features"`.'
         )
     classes = _classes(risk, model)
-    labels = risk.data[1].reshape(-1).astype(int)
+    labels = class_labels(risk.data[1])
     if evidence == "model":
         found = by_model(risk, model, labels)
     else:

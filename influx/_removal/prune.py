@@ -185,6 +185,11 @@ def prune(
     check_trainer(trainer)
     check_curvature(curvature)
     budget = check_share(budget, "budget", "the largest share of the points to remove")
+    if int(budget * risk.n) < 1:
+        raise ValueError(
+            f"`budget={budget:g}` of {risk.n} points is none: nothing would be removed. A single point "
+            f"is {1 / risk.n:.3g}."
+        )
     step = check_share(step, "step", "the share of the points that the first step removes")
     trust = check_share(trust, "trust", "the least ratio of actual to predicted change")
     rounds = check_whole("rounds", rounds)

@@ -19,7 +19,7 @@ from .._jacobian import head_features, output_jacobian
 from .._restriction import restrict
 from .._risk import EmpiricalRisk
 from .._train import SGD
-from .._validate import class_logits_shape, require_labels, validate
+from .._validate import class_labels, class_logits_shape, require_labels, validate
 from .evidence import score_margin
 from .heldout import change, check_share, halves
 from .removed import Removed, removed_table
@@ -173,10 +173,24 @@ def train_with_removal(
     validate(risk, model0)
     choosing, deciding = halves(risk, model0, heldout)
     _check_classifier(risk, model0, head)
+    if watch is not None:
+        _check_watched(watch(model0))
     run = _Run(
         risk, trainer, head, choosing, deciding, np.asarray(risk.weights) > 0, watch or _nothing
     )
     return _train(run, model0, budget, warmup, every)
+
+
+def _check_watched(found: PyTree) -> None:
+    leaves = jtu.tree_leaves(found)
+    if not all(eqx.is_array_like(leaf) for leaf in leaves):
+        kinds = ", ".join(
+            sorted({type(leaf).__name__ for leaf in leaves if not eqx.is_array_like(leaf)})
+        )
+        raise ValueError(
+            "`watch` must answer arrays or numbers, to be stacked over epochs; got a pytree with leaves "
+            f"of type {kinds}. To keep a model: `lambda m: eqx.filter(m, eqx.is_array)`."
+        )
 
 
 def _nothing(model: Model) -> None:
@@ -309,7 +323,7 @@ def _probabilities(risk: EmpiricalRisk, model: Model, data: PyTree[Array]) -> Fl
 
     def one(example):
         logits = risk.loss.class_logits(risk.output(model, example[0]))
-        return jax.nn.softmax(logits)[example[1].reshape(())]
+        return jax.nn.softmax(logits)[class_labels(example[1])[0]]
 
     return jax.vmap(one)(data)
 
@@ -328,9 +342,9 @@ def _revalue(run: _Run, model: Model, before: _Verdicts | None) -> _Verdicts:
 def _margins(small: EmpiricalRisk, part: Model, weights, choosing: PyTree[Array]):
     """Margins without each point and values, by a head refitted on the points that a first one, on
     those of positive weight, does not contradict."""
-    labels = small.data[1].reshape(-1)
+    labels = class_labels(small.data[1])
     features = head_features(small, part, small.data[0])
-    others = head_features(small, part, choosing[0]), choosing[1].reshape(-1)
+    others = head_features(small, part, choosing[0]), class_labels(choosing[1])
     classes = class_logits_shape(small, part).shape[0]
     first = ridge_head(features, labels, weights, others, classes)
     agreed = score_margin(first.without, labels) >= 0

@@ -2,6 +2,7 @@ from .base import AbstractResponse as AbstractResponse
 from .checks import check_refine as check_refine
 from .checks import check_removal_step as check_removal_step
 from .checks import require_convergence as require_convergence
+from .checks import require_steps as require_steps
 from .implicit import Implicit as Implicit
 from .implicit import implicit_response as implicit_response
 from .unrolled import TrainingRun as TrainingRun

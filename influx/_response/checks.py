@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import check_whole, is_concrete
 from .base import AbstractResponse
@@ -33,7 +33,8 @@ def check_removal_step(
 
 
 _DIVERGE = (
-    "chord steps diverge: the Hessian of the other points is too far from the one held. "
+    "chord steps diverge: the Hessian of the other points is too far from the one held, or the Newton "
+    "step that they start from goes too far, which more of them may mend. "
     "`certify(f, ..., refine=...)` tells point by point how far it got, and `leave_one_out(risk, model, "
     "trainer, indices=...)` retrains; `refine=0` is a Newton step that nothing judges. More `damping=` "
     "shortens the steps, and takes many more of them to the same end."
@@ -41,8 +42,8 @@ _DIVERGE = (
 
 
 _UNSETTLED = (
-    "With every point kept chord steps diverge: the model is too far from a minimum for them, as "
-    "`diagnose(f)` tells. `fit` it further, or use `refine=0`."
+    "With every point kept chord steps diverge: the model is too far from a minimum for them (see "
+    "`diagnose(f)`). `fit` it further, or use `refine=0`."
 )
 
 
@@ -59,7 +60,28 @@ def require_convergence(
         raise RuntimeError(_UNSETTLED)
     failed = np.asarray(indices)[~np.asarray(converge)]
     if failed.size:
-        some = ", ".join(map(str, failed[:5])) + ", …" * (failed.size > 5)
-        count = f"{failed.size} of {converge.size} points"
-        raise RuntimeError(f"Without each of {count} ({some}) {_DIVERGE}")
+        raise RuntimeError(f"Without each of {_named(failed, converge.size)} {_DIVERGE}")
     return found
+
+
+_NO_STEP = (
+    "the Hessian is not positive definite, and there is no Newton step: the point alone decides some "
+    "direction (leverage 1), which takes an l2 > 0, or the loss is not convex in its output, which "
+    "takes `damping=`."
+)
+
+
+def require_steps(change: Float[Array, " n"]) -> Float[Array, " n"]:
+    """`change`, where each point has a Newton step; else a `RuntimeError`, which names points."""
+    missing = jnp.isnan(change)
+    if not is_concrete(change):
+        return eqx.error_if(change, jnp.any(missing), f"Without one of the points {_NO_STEP}")
+    failed = np.flatnonzero(missing)
+    if failed.size:
+        raise RuntimeError(f"Without each of {_named(failed, change.size)} {_NO_STEP}")
+    return change
+
+
+def _named(points: np.ndarray, total: int) -> str:
+    some = ", ".join(map(str, points[:5])) + ", …" * (points.size > 5)
+    return f"{points.size} of {total} points ({some})"

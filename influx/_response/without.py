@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .._chunks import take
-from .._gradients import example_gradient, risk_gradient
+from .._gradients import example_gradient, gradient_size, risk_gradient
 from .._linalg import ravel
 from .base import AbstractResponse
 
@@ -87,24 +87,25 @@ class Without(eqx.Module):
         self, slopes: Callable, start: Float[Array, "k P"], first: Float[Array, " k"]
     ) -> tuple[Float[Array, "k P"], Bool[Array, " k"]]:
         """Chord steps on from `start`, and whether they diverge nowhere, `first` being the squared
-        decrement at θ̂."""
+        decrement at θ̂. Where there is no step to start from (NaN), they do."""
         below = lambda decrement, other: (decrement < other) | (decrement <= self.noise)
 
         def judged(state):
             steps, before, falls = state
             down, decrement = _chord(self.response, slopes(steps))
-            # No order holds of NaN: where there is no step, nothing falls.
             return down, decrement, falls & below(decrement, before)
 
         def onward(_, state):
             down, decrement, falls = judged(state)
             return state[0] - down, decrement, falls
 
+        known = jnp.isfinite(jnp.sum(start, axis=1))
         unknown = jnp.full(len(start), jnp.inf, start.dtype)
-        state = start, unknown, jnp.isfinite(jnp.sum(start, axis=1))
+        state = jnp.where(known[:, None], start, 0), unknown, known
         end = jax.lax.fori_loop(0, self.refine, onward, state)
         _, decrement, falls = judged(end)
-        return end[0], falls & below(decrement, jnp.abs(first))
+        converged = falls & below(decrement, jnp.abs(first))
+        return jnp.where(known[:, None], end[0], jnp.nan), converged
 
 
 def _chord(response: AbstractResponse, slopes: Float[Array, "k P"]):
@@ -115,9 +116,12 @@ def _chord(response: AbstractResponse, slopes: Float[Array, "k P"]):
 
 def _rounding(response: AbstractResponse, gradient: Float[Array, " P"]) -> Float[Array, ""]:
     """What rounding makes of a squared decrement, with a factor of 100: the most that is seen of θ̂'s
-    last digit and on the way back from it, by chord steps on J − ⟨∇J(θ̂), ·⟩."""
+    last digit and on the way back from it, by chord steps on J − ⟨∇J(θ̂), ·⟩; and of the last digit of
+    the sum that ∇J is, which θ̂'s own says nothing of where it is near 0."""
     theta, _ = ravel(response.model)
-    step, found = jnp.finfo(theta.dtype).eps * theta, []
+    unit = jnp.finfo(theta.dtype).eps
+    sums = unit * gradient_size(response.risk, response.model)
+    step, found = unit * theta, [_chord(response, sums[None])[1][0]]
     for _ in range(4):
         down, decrement = _chord(response, (_gradient(response, step) - gradient)[None])
         step, found = step - down[0], [*found, decrement[0]]

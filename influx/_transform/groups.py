@@ -47,12 +47,13 @@ def groups(
     correction of that curvature's first order, and no series of retraining. On networks a damped
     `CG(GaussNewton())` gains a little by it; EK-FAC is further from retraining than at order 1.
 
-    **Arguments:** `masks`: [k, n], 1 (or `True`) for members; fractional memberships are weights.
+    **Arguments:** `masks`: [k, n], 1 (or `True`) for members; other numbers from 0 on are weights.
 
     **Sign.** As `f`: under `removal(f, "first-order")` the change when the whole group is removed.
 
-    **Raises:** `ValueError` for masks of another shape, another order, an `f` under `relative` or
-    `removal(f, "newton")`, which do not add up over points, and for order 2 of an unrolled response.
+    **Raises:** `ValueError` for masks of another shape or with negative entries, another order, an `f`
+    under `groups` already, under `relative` or `removal(f, "newton")`, which do not add up over points,
+    and for order 2 of an unrolled response.
 
     **Cost:** order 1, that of `f`. Order 2, per group and call: two solves, ∇K, the second derivative of
     ∇J along a line, and that of m for each query. No P × P matrix is formed; `chunk_size` counts groups.
@@ -63,9 +64,14 @@ def groups(
     """
     check_influence("groups", f)
     masks = checked_masks(masks, f.risk.n, "groups")
-    if is_concrete(masks) and not np.isfinite(np.asarray(masks)).all():
-        raise ValueError("`masks` has NaN or infinite entries. 1 is a member, 0 is none.")
-    if isinstance(order, bool) or order not in (1, 2):
+    if is_concrete(masks) and not (np.isfinite(masks) & (np.asarray(masks) >= 0)).all():
+        raise ValueError("`masks` has NaN, infinite or negative entries. 1 is a member, 0 is none.")
+    if f.masks is not None:
+        raise ValueError(
+            "`groups` of groups: the points of `f` are in groups already. Call it on `f` as it was "
+            "before, with masks of the unions, e.g. `unions @ masks`."
+        )
+    if isinstance(order, bool) or not hasattr(order, "__index__") or order not in (1, 2):
         raise ValueError(
             f"`order` must be 1, the sum over members, or 2, with what they do to one another; got "
             f"{order!r}. Beyond the second order retrain with `leave_subset_out`."
