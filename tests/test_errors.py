@@ -680,7 +680,6 @@ VERBS = {
         "nothing is measured",
     ),
     "groups negative": (lambda w: ix.groups(w.f, -MASKS), "negative", "1 is a member"),
-    "groups of groups": (lambda w: ix.groups(w.groups, MASKS), "in groups already", "unions"),
     "groups members": (
         lambda w: ix.groups(w.f, [[0, 1], [2]]),
         "rows of different lengths",

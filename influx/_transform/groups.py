@@ -52,8 +52,8 @@ def groups(
     **Sign.** As `f`: under `removal(f, "first-order")` the change when the whole group is removed.
 
     **Raises:** `ValueError` for masks of another shape or with negative entries, another order, an `f`
-    under `groups` already, under `relative` or `removal(f, "newton")`, which do not add up over points,
-    and for order 2 of an unrolled response.
+    under `relative` or `removal(f, "newton")`, which do not add up over points, and for order 2 of an
+    unrolled response. Of several `groups` the last counts, as of every kind of transform.
 
     **Cost:** order 1, that of `f`. Order 2, per group and call: two solves, ∇K, the second derivative of
     ∇J along a line, and that of m for each query. No P × P matrix is formed; `chunk_size` counts groups.
@@ -66,11 +66,6 @@ def groups(
     masks = checked_masks(masks, f.risk.n, "groups")
     if is_concrete(masks) and not (np.isfinite(masks) & (np.asarray(masks) >= 0)).all():
         raise ValueError("`masks` has NaN, infinite or negative entries. 1 is a member, 0 is none.")
-    if f.masks is not None:
-        raise ValueError(
-            "`groups` of groups: the points of `f` are in groups already. Call it on `f` as it was "
-            "before, with masks of the unions, e.g. `unions @ masks`."
-        )
     if isinstance(order, bool) or not hasattr(order, "__index__") or order not in (1, 2):
         raise ValueError(
             f"`order` must be 1, the sum over members, or 2, with what they do to one another; got "
