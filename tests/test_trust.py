@@ -1,6 +1,9 @@
 """`diagnose` names the cause, and `testing.check` breaks on a broken loss."""
 
 import math
+import os
+import subprocess
+import sys
 
 import equinox as eqx
 import jax
@@ -813,3 +816,18 @@ def test_restriction_bounds_enclose_their_own_rounding():
         assert np.all((lower <= truth) & (truth <= upper))
         distance = np.abs(truth - np.asarray(bound.restricted, np.longdouble))
         assert np.all((np.asarray(bound.lower) <= distance) & (distance <= np.asarray(bound.upper)))
+
+
+def test_newton_steps_without_many_points_return_every_time():
+    """Two batched LAPACK calls at once can wait for each other's thread for ever: see `OutputTerms`.
+    In a process of its own, whose end can be demanded."""
+    code = """
+import equinox as eqx, influx as ix, jax.random as jr
+x = jr.normal(jr.key(0), (1500, 64))
+risk = ix.EmpiricalRisk((x, x[:, :10].argmax(1)), ix.SoftmaxCrossEntropy(), l2=1e-2)
+f = ix.influence(risk, ix.fit(risk, eqx.nn.Linear(64, 10, key=jr.key(1)), ix.Newton()))
+for _ in range(20):
+    ix.memorization(f).margin.block_until_ready()
+"""
+    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)

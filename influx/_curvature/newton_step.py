@@ -52,11 +52,14 @@ class OutputTerms(eqx.Module):
     def middle(self, leverage: Float[Array, "k K K"], moved: Float[Array, "k K"]):
         """uᵢ = (I − (wᵢ/n) SᵢKᵢ)⁻¹ (wᵢ/n)(rᵢ + SᵢAᵢδ₀), `leverage` being Kᵢ and `moved` Aᵢδ₀."""
         product = self.share[:, None, None] * einsum("kab,kbc->kac", self.hessian, leverage)
-        matrix = jnp.eye(moved.shape[1], dtype=moved.dtype)[None] - product
-        found = jnp.linalg.solve(matrix, self.slope(moved)[..., None])[..., 0]
         left = 1 - jax.lax.stop_gradient(self.most(leverage))
-        # What is left of the curvature is rounding, or none.
-        return jnp.where(left[:, None] > _ROUNDING * jnp.finfo(left.dtype).eps, found, jnp.nan)
+        # What is left of the curvature may be rounding, or none. Said before the solve, so that it waits
+        # for the eigenvalues: of two batched LAPACK calls at once, each may hold the last of XLA's
+        # threads while it waits for another, and neither ever returns (jaxlib 0.10.2).
+        positive = left > _ROUNDING * jnp.finfo(left.dtype).eps
+        product = jnp.where(positive[:, None, None], product, jnp.nan)
+        matrix = jnp.eye(moved.shape[1], dtype=moved.dtype)[None] - product
+        return jnp.linalg.solve(matrix, self.slope(moved)[..., None])[..., 0]
 
     def most(self, leverage: Float[Array, "k K K"]) -> Float[Array, " k"]:
         """The largest eigenvalue of (wᵢ/n) SᵢKᵢ: H₋ᵢ ≻ 0, given H ≻ 0, where it is below 1."""
