@@ -81,8 +81,8 @@ def value(
     of them, or an `f` under a transform (a value is of single points, and plain); for "newton", where
     the curvature does not know one point's share (`removal` says which do), for points of weight 0, or
     a single one. `RuntimeError` naming the points whose chord steps diverge. NaN, *undecided*, stands
-    for a point without which H is not positive definite (leverage 1, or a loss not convex in its
-    output), and where a trace cannot see that a weight is 0.
+    for a point without which H is not positive definite (see `removal`), and where a trace cannot see
+    that a weight is 0.
 
     **Cost:** |V| solves, and a pass over the training data per block of queries that fits `memory`.
     "newton": a Newton step a point; in both conventions |V| losses, and `refine` + 1 gradients of J and

@@ -689,14 +689,14 @@ VERBS = {
     "groups complex": (lambda w: ix.groups(w.f, 1j * MASKS), "complex128", r"np\.isin"),
     "groups order 3": (
         lambda w: ix.groups(w.f, MASKS, order=3),
-        "`order` must be 1.*or 2.*got 3",
+        "`order` must be.*in 1…2, got 3",
         "leave_subset_out",
     ),
-    "groups order boolean": (lambda w: ix.groups(w.f, MASKS, order=True), "got True", "or 2"),
+    "groups order boolean": (lambda w: ix.groups(w.f, MASKS, order=True), "got True", "in 1…2"),
     "groups order string": (
         lambda w: ix.groups(w.f, MASKS, order="second"),
         "got 'second'",
-        "or 2",
+        "in 1…2",
     ),
     "subset of none": (
         lambda w: ix.most_influential_subset(w.f, (Xq, yq), 0),

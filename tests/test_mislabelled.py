@@ -212,3 +212,14 @@ def test_what_cannot_be_answered_is_refused_by_name():
         ix.find_mislabelled(crowd, head)
     with pytest.raises(ValueError, match="Call it outside"):
         jax.jit(lambda x: ix.find_mislabelled(risk, x).score)(linear_model())
+
+
+def test_points_without_which_there_is_no_step_are_named():
+    """The last alone is at (0, 1); no l2."""
+    x = np.array([[1.0, 0.0]] * 6 + [[0.0, 1.0]])
+    risk = ix.EmpiricalRisk((x, np.array([0, 1, 0, 1, 1, 0, 1.0])), ix.BinaryCrossEntropy())
+    model = eqx.nn.Linear(2, "scalar", use_bias=False, key=jr.key(0))
+    with pytest.raises(
+        RuntimeError, match=r"Without each of 1 of 7 points \(6\) the Hessian is not"
+    ):
+        ix.find_mislabelled(risk, model, evidence="model")

@@ -12,6 +12,7 @@ import pytest
 
 import influx as ix
 from influx._removal.evidence import score_margin
+from influx._removal.prune import _points
 from influx._removal.ridge_head import RIDGE, ridge_head
 
 HEAD = lambda m: m.layers[-1]
@@ -265,8 +266,29 @@ def test_what_cannot_be_stacked_is_refused_before_training(watched):
 
 
 def test_a_budget_of_no_point_is_refused():
-    with pytest.raises(ValueError, match=r"of 80 points is none.*single point is 0\.0125"):
+    with pytest.raises(ValueError, match=r"of 80 points is none.*single point is the share 1 / 80"):
         pruned(budget=0.005)
+    assert all(_points(k / n, n) == k for n in range(5, 300) for k in (1, 2, n - 1))
+
+
+@pytest.mark.parametrize("budget", [0.22, 0.3, 0.45])
+def test_removals_are_those_that_an_epoch_trained_without(budget):
+    """Of 40 epochs of 80 gradients; what is left of them buys no valuation, and a batch after it."""
+    _, found = trained(budget=budget)
+    history = found.history
+    spent = float(history.gradients[-1])
+    assert budget * history.plain - (80 + 30 + 10 + 8) < spent <= budget * history.plain
+    assert int(history.harmful[-1]) == int((~found.kept).sum()) == len(found.removed.index)
+    first = np.flatnonzero(np.asarray(history.valued))[0]
+    assert np.asarray(history.harmful)[first] > 0
+
+
+def test_too_few_points_for_a_batch_is_an_error():
+    x, y = np.zeros((40, 2)), np.arange(40) % 3  # nothing tells the classes apart
+    risk = ix.EmpiricalRisk((x, y), ix.SoftmaxCrossEntropy(), l2=1e-3)
+    whole = ix.SGD(optax.sgd(0.1), batch_size=40, epochs=40, key=jr.key(0))
+    with pytest.raises(RuntimeError, match="Of 40 points fewer than `batch_size=40` are left"):
+        ix.train_with_removal(risk, network(), whole, heldout=data(60, 1), head=HEAD)
 
 
 def test_the_warm_up_is_the_trainers_own_run():

@@ -278,6 +278,21 @@ def test_a_run_that_diverges_is_an_error():
         ix.influence(squares, line, ix.Unrolled(wild))
 
 
+def test_an_update_without_a_derivative_is_an_error():
+    """Adam's √v where a gradient is always 0: of an input that is."""
+    risk, model, (x, y) = problem()
+    blank = ix.EmpiricalRisk((risk.data[0].at[:, 0].set(0), risk.data[1]), ix.SoftmaxCrossEntropy())
+    for options, smooth in (({}, False), ({"eps_root": 1e-8}, True)):
+        adam = ix.SGD(optax.adam(1e-2, **options), batch_size=5, epochs=2, key=KEY)
+        f = ix.influence(blank, model, ix.Unrolled(adam))
+        if smooth:
+            assert np.isfinite(f((x, y))).all()
+        else:
+            with pytest.raises(RuntimeError, match="eps_root"):
+                f((x, y))
+            assert "eps_root" in ix.diagnose(f)["metasmoothness"].remedy
+
+
 def test_diagnose_tells_a_smooth_run_from_a_rough_one():
     risk, _, _ = problem()
     smooth = ix.diagnose(handle())

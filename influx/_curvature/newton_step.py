@@ -1,11 +1,12 @@
 """One Newton step without a point (P10)."""
 
 import abc
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._chunks import chunk_length, chunked_map, map_blocks, take
 from .._custom_types import Model
@@ -13,6 +14,7 @@ from .._gradients import example_gradient, risk_gradient
 from .._jacobian import AbstractJacobian
 from .._linalg import dot, einsum, ravel
 from .._risk import EmpiricalRisk
+from .._solver.bounds import ritz_values
 from .base import AbstractFactored, AbstractPerturbable
 
 
@@ -31,8 +33,9 @@ class AbstractNewtonSteps(eqx.Module):
         """Δθᵢ = −(H₋ᵢ + λI)⁻¹∇J₋ᵢ(θ̂)."""
 
 
-# A leverage that is 1 to so many units of rounding is 1.
-_ROUNDING = 1000
+# Rounding units of ‖H‖ below which a curvature is taken for 0.
+_ROUNDING = 30
+_LANCZOS_STEPS = 10
 
 
 class OutputTerms(eqx.Module):
@@ -49,24 +52,69 @@ class OutputTerms(eqx.Module):
         product = einsum("kab,kb->ka", self.hessian, moved)
         return self.share[:, None] * (self.residual + product)
 
-    def middle(self, leverage: Float[Array, "k K K"], moved: Float[Array, "k K"]):
-        """uᵢ = (I − (wᵢ/n) SᵢKᵢ)⁻¹ (wᵢ/n)(rᵢ + SᵢAᵢδ₀), `leverage` being Kᵢ and `moved` Aᵢδ₀."""
+    def middle(
+        self,
+        leverage: Float[Array, "k K K"],
+        moved: Float[Array, "k K"],
+        definite: Bool[Array, " k"],
+    ) -> Float[Array, "k K"]:
+        """uᵢ = (I − (wᵢ/n) SᵢKᵢ)⁻¹ (wᵢ/n)(rᵢ + SᵢAᵢδ₀), `leverage` being Kᵢ and `moved` Aᵢδ₀; NaN where
+        not `definite`."""
         product = self.share[:, None, None] * einsum("kab,kbc->kac", self.hessian, leverage)
-        left = 1 - jax.lax.stop_gradient(self.most(leverage))
-        # What is left of the curvature may be rounding, or none. Said before the solve, so that it waits
-        # for the eigenvalues: of two batched LAPACK calls at once, each may hold the last of XLA's
-        # threads while it waits for another, and neither ever returns (jaxlib 0.10.2).
-        positive = left > _ROUNDING * jnp.finfo(left.dtype).eps
-        product = jnp.where(positive[:, None, None], product, jnp.nan)
+        # The solve has to wait for the eigenvalues behind `definite`: two batched LAPACK calls at once
+        # can deadlock XLA's threads (jaxlib 0.10.2).
+        product = jnp.where(definite[:, None, None], product, jnp.nan)
         matrix = jnp.eye(moved.shape[1], dtype=moved.dtype)[None] - product
         return jnp.linalg.solve(matrix, self.slope(moved)[..., None])[..., 0]
 
-    def most(self, leverage: Float[Array, "k K K"]) -> Float[Array, " k"]:
-        """The largest eigenvalue of (wᵢ/n) SᵢKᵢ: H₋ᵢ ≻ 0, given H ≻ 0, where it is below 1."""
-        values, basis = jnp.linalg.eigh(0.5 * (leverage + leverage.swapaxes(1, 2)))
-        root = basis * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]  # K = root rootᵀ
-        inner = einsum("kba,kbc,kcd->kad", root, self.hessian, root)
-        return jnp.max(jnp.linalg.eigvalsh(self.share[:, None, None] * inner), axis=1)
+    def definite(
+        self,
+        leverage: Float[Array, "k K K"],
+        pull: Callable[[Float[Array, "k K"]], Float[Array, "k P"]],
+        curvature: "Measured",
+    ) -> Bool[Array, " k"]:
+        """Whether H₋ᵢ ≻ 0 beyond the rounding of H, given H ≻ 0; `pull` is x ↦ H⁻¹Aᵢᵀxᵢ.
+
+        With (wᵢ/n) SᵢKᵢx = λx, λ the largest, z = H⁻¹Aᵢᵀx is where least of H's curvature is left:
+        zᵀH₋ᵢz = (1 − λ) zᵀHz. It is measured by a product with H, as rounding, or an iterative solve's
+        tolerance, may hide behind 1 − λ. Not looked at where ‖(wᵢ/n) Sᵢ‖‖Kᵢ‖ ≤ ½ bounds every λ.
+        """
+        own, leverage = jax.lax.stop_gradient((self.share[:, None, None] * self.hessian, leverage))
+        size = lambda a: jnp.sqrt(jnp.sum(jnp.square(a), axis=(1, 2)))
+
+        def judged():
+            most, x = _largest(own, leverage)
+            z = pull(x)
+            seen = self.jacobian.push_each(z)
+            taken = einsum("ka,kab,kb->k", seen, own, seen)
+            left = jnp.sum(z * curvature.products(z), axis=1) - taken
+            return (most < 1) & (left >= curvature.noise * jnp.sum(jnp.square(z), axis=1))
+
+        clear = size(own) * size(leverage) <= 0.5
+        return jax.lax.cond(jnp.all(clear), lambda: clear, judged)
+
+
+def _largest(own: Float[Array, "k K K"], leverage: Float[Array, "k K K"]):
+    """The largest eigenvalue of each (wᵢ/n) SᵢKᵢ, and its eigenvector."""
+    values, basis = jnp.linalg.eigh(0.5 * (leverage + leverage.swapaxes(1, 2)))
+    root = basis * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]  # K = root rootᵀ
+    values, basis = jnp.linalg.eigh(einsum("kba,kbc,kcd->kad", root, own, root))
+    return values[:, -1], einsum("kab,kbc,kc->ka", own, root, basis[:, :, -1])
+
+
+class Measured(eqx.Module):
+    """Products with H + λI, and the curvature that is lost in their rounding, eps‖H + λI‖."""
+
+    factored: AbstractFactored
+    noise: Float[Array, ""]
+
+    def __init__(self, factored: AbstractFactored, like: Float[Array, " P"]):
+        norm = jnp.max(jnp.abs(ritz_values(factored.matvec, like, _LANCZOS_STEPS)))
+        self.factored, self.noise = factored, _ROUNDING * jnp.finfo(like.dtype).eps * norm
+
+    def products(self, z: Float[Array, "k P"]) -> Float[Array, "k P"]:
+        matrix = self.factored.matrix
+        return jax.lax.map(self.factored.matvec, z) if matrix is None else dot(z, matrix)
 
 
 def output_terms(
@@ -101,15 +149,16 @@ class Woodbury(AbstractNewtonSteps):
         assert jacobian is not None  # `woodbury` is built with one
         gradient = risk_gradient(risk, model)
         delta = -factored.solve(gradient)
-        solve = jax.vmap(factored.solve)
+        solve, curvature = jax.vmap(factored.solve), Measured(factored, gradient)
 
         def block(places):
             terms = output_terms(risk, model, jacobian, indices[places])
             rows = terms.jacobian.dense()  # [b, K, P]
             solved = jax.lax.map(solve, rows)
             leverage = einsum("kap,kbp->kab", rows, solved)
-            u = terms.middle(leverage, terms.jacobian.push(delta))
-            return delta[None] + einsum("ka,kap->kp", u, solved)
+            pull = lambda x: einsum("ka,kap->kp", x, solved)
+            definite = terms.definite(leverage, pull, curvature)
+            return delta[None] + pull(terms.middle(leverage, terms.jacobian.push(delta), definite))
 
         items = (2 * jacobian.outputs + 2) * gradient.size
         return map_blocks(block, indices.size, chunk_length(items, gradient.dtype))
@@ -123,6 +172,7 @@ class HeldWoodbury(AbstractNewtonSteps):
     columns: Float[Array, "P P"]
     leverage: Float[Array, "n K K"] | None
     delta: Float[Array, " P"]
+    curvature: Measured
 
     def steps(self, risk, model, factored, jacobian, indices):
         terms = output_terms(risk, model, jacobian, indices)
@@ -130,15 +180,19 @@ class HeldWoodbury(AbstractNewtonSteps):
             leverage = terms.jacobian.sandwich(self.columns.T)
         else:
             leverage = self.leverage[indices]
-        u = terms.middle(leverage, terms.jacobian.push(self.delta))
         # A barrier, or XLA repeats the product in every kernel that it fuses the sum into.
-        moved = jax.lax.optimization_barrier(dot(terms.jacobian.pull(u), self.columns))
-        return self.delta[None] + moved
+        held = jax.lax.optimization_barrier
+        pull = lambda u: held(dot(terms.jacobian.pull(u), self.columns))
+        definite = terms.definite(leverage, pull, self.curvature)
+        return self.delta[None] + pull(
+            terms.middle(leverage, terms.jacobian.push(self.delta), definite)
+        )
 
 
 class Perturbed(AbstractNewtonSteps):
-    """Steps where ∇²ℓᵢ has no low rank: one solve with H₋ᵢ = H − (wᵢ/n)∇²ℓᵢ a point. That H₋ᵢ ≻ 0 is
-    seen by Cholesky factors; iterative solvers that need it may not notice."""
+    """Steps where ∇²ℓᵢ has no low rank: one solve with H₋ᵢ = H − (wᵢ/n)∇²ℓᵢ a point. NaN where it does
+    not succeed, as Cholesky factors see that H₋ᵢ ≻ 0 fails, or takes J₋ᵢ uphill, as iterative solvers
+    may where it fails; they need not."""
 
     def steps(self, risk, model, factored, jacobian, indices):
         assert isinstance(factored, AbstractPerturbable)  # `Hessian.newton_steps` has seen to it
@@ -151,13 +205,8 @@ class Perturbed(AbstractNewtonSteps):
             lost = lambda v: -share * jax.jvp(grad, (theta,), (v,))[1]
             slope = gradient - share * grad(theta)
             solved, done = factored.perturbed(lost).try_solve(slope)
-            return -eqx.error_if(
-                solved,
-                ~done | ~jnp.all(jnp.isfinite(solved)),
-                "Without one of the training points the Hessian is not positive definite, or the solve "
-                "with it did not converge: there is no Newton step to take. Use GaussNewton(), which "
-                'stays positive definite, more `damping=`, or `removal(f, "first-order")`.',
-            )
+            downhill = done & jnp.all(jnp.isfinite(solved)) & (jnp.vdot(slope, solved) >= 0)
+            return jnp.where(downhill, -solved, jnp.nan)
 
         return chunked_map(one, indices, chunk_length(3 * theta.size**2, theta.dtype))
 
@@ -183,4 +232,5 @@ def _hold(risk, model, factored, jacobian) -> HeldWoodbury:
     columns = jax.vmap(factored.solve)(eye)
     fits = chunk_length(jacobian.outputs**2, eye.dtype) >= jacobian.examples
     leverage = jacobian.sandwich(columns.T) if jacobian.closed_form and fits else None
-    return HeldWoodbury(columns, leverage, -factored.solve(gradient))
+    delta = -factored.solve(gradient)
+    return HeldWoodbury(columns, leverage, delta, Measured(factored, gradient))

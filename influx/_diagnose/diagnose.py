@@ -16,7 +16,7 @@ def diagnose(f: Influence) -> Diagnosis:
     | finding | figure | good when |
     |---|---|---|
     | `finite` | losses and gradients that are NaN or infinite | none |
-    | `stationarity` | ‖∇J(θ̂)‖ over rms‖gᵢ‖/n, the slope one point makes | < 0.01 |
+    | `stationarity` | ‖∇J(θ̂)‖ over rms wᵢ‖gᵢ‖/n of the points with wᵢ > 0, the slope of one | < 0.01 |
     | `spectrum` | extreme eigenvalues of H + λI, condition number κ | κ·u < 1e-8 |
     | `effective dimension` | tr (H − l2)(H + λ)⁻¹: directions the data decide | ≥ 1 |
     | `solve` | steps, relative residual ‖v − Hx‖/‖v‖, error of a score it implies | bound < 1e-3 |

@@ -49,7 +49,8 @@ def _metasmoothness(f: Influence) -> Finding:
         "Do not use these numbers. Train more smoothly: a smaller step, larger batches, a warm-up, "
         "less momentum, fewer epochs; a smooth activation such as jax.nn.gelu, average pooling in "
         "place of max. A curvature at the trained model, `influence(risk, f.model, EKFAC())`, is about "
-        "the average of many such runs, and foresees this one no better.",
+        "the average of many such runs, and foresees this one no better."
+        + (" Where the cosine is nan, Adam may lack an `eps_root`." if np.isnan(cosine) else ""),
     )
 
 

@@ -15,6 +15,7 @@ from .._engine import map_points
 from .._influence import Influence, influence
 from .._linalg import dot, ravel
 from .._measurement.margin import margin
+from .._response import require_steps
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows, Watched
 from .._train import Newton, fit
@@ -34,13 +35,13 @@ class Evidence(eqx.Module):
 
 def by_model(risk: EmpiricalRisk, model: Model, labels: Int[Array, " n"]) -> Evidence:
     """Logits without each point by a Newton step (P10), points weighed by the chance that their label
-    is right."""
+    is right; an error naming the points without which there is no step."""
     trainer = Newton(tolerance=float(jnp.sqrt(jnp.finfo(risk.weights.dtype).eps)))
 
     def ask(start: Model, trusted: EmpiricalRisk) -> tuple[Model, Evidence]:
         fitted = fit(trusted, start, trainer)
         logits = logits_without(influence(trusted, fitted, Hessian()))
-        return fitted, Evidence(logits, jax.vmap(margin)(logits, labels))
+        return fitted, Evidence(logits, require_steps(jax.vmap(margin)(logits, labels)))
 
     model, found = ask(model, risk)
     for _ in range(_REFITS):

@@ -185,19 +185,25 @@ def prune(
     check_trainer(trainer)
     check_curvature(curvature)
     budget = check_share(budget, "budget", "the largest share of the points to remove")
-    if int(budget * risk.n) < 1:
-        raise ValueError(
-            f"`budget={budget:g}` of {risk.n} points is none: nothing would be removed. A single point "
-            f"is {1 / risk.n:.3g}."
-        )
     step = check_share(step, "step", "the share of the points that the first step removes")
     trust = check_share(trust, "trust", "the least ratio of actual to predicted change")
     rounds = check_whole("rounds", rounds)
     require_concrete("prune", risk, model)
     validate(risk, model)
     choosing, deciding = halves(risk, model, heldout)
+    most = _points(budget, risk.n)
+    if most == 0:
+        raise ValueError(
+            f"`budget={budget:g}` of {risk.n} points is none: nothing would be removed. A single point "
+            f"is the share 1 / {risk.n}."
+        )
     problem = _Problem(risk, model, trainer, curvature, choosing, deciding)
-    return _descend(problem, int(budget * risk.n), max(1, int(step * risk.n)), trust, rounds)
+    return _descend(problem, most, max(1, _points(step, risk.n)), trust, rounds)
+
+
+def _points(share: float, n: int) -> int:
+    """The points in a share of n, of which k/n are k, however it rounds."""
+    return int(share * n * (1 + 1e-12))
 
 
 def _descend(problem: _Problem, most: int, k: int, trust: float, rounds: int) -> Pruned:

@@ -142,8 +142,8 @@ def train_with_removal(
 
     **Gradients spent**, in gradients of one example: 1 for each example of a mini-batch, 1 for each
     point and held-out point valued (a forward pass is a third of a gradient, and the closed form costs
-    O(d²) a point), ⅓ for each held-out point an epoch. The run ends before the epoch that would exceed
-    `budget` times the trainer's own run.
+    O(d²) a point), ⅓ for each held-out point an epoch. The last epoch is cut short where
+    `budget` times the trainer's own run is spent.
 
     **Arguments:** `head`: selects the last linear layer, as in `restrict`; `budget`: as above, in
     (0, 1); `watch`: any function of the model, whose arrays after each epoch are stacked in
@@ -151,7 +151,8 @@ def train_with_removal(
 
     **Raises:** `ValueError` where `trainer` is no `SGD`, `head` selects no linear layer with one feature
     vector for all outputs, the loss has no classes, held-out data are missing or unlike the training
-    data, or `budget` does not reach beyond the warm-up; `RuntimeError` where training diverges.
+    data, or `budget` does not reach beyond the warm-up; `RuntimeError` where training diverges, or no
+    batch is left to train on.
 
     **Limits.** Points that the others contradict are not all mislabelled: on clean labels some hard and
     right ones go too, and half the gradients do not always reach what the whole plain run does.
@@ -262,13 +263,15 @@ def _train(run: _Run, model0: Model, budget: float, warmup: int, every: int) -> 
     spent, best, returned, epochs = 0.0, None, (0, params), []
     for epoch in itertools.count():
         cost, valued = check, epoch >= warmup and (epoch - warmup) % every == 0
-        if valued:
-            found = _revalue(run, eqx.combine(state[0], static), found)
-            cost += run.valuation
-        active = run.active(epoch, found)
-        order, steps = run.batches(epoch, active)
-        if steps == 0 or spent + cost + steps * size > budget * plain:
+        cost += run.valuation * valued
+        affordable = int(budget * plain - spent - cost) // size
+        if affordable < 1:
             break
+        verdicts = _revalue(run, eqx.combine(state[0], static), found) if valued else found
+        order, steps = run.batches(epoch, run.active(epoch, verdicts))
+        if steps == 0:  # fewer points are left than a batch takes
+            break
+        found, steps = verdicts, min(steps, affordable)
         state = _epoch(run.trainer, run.risk, static, state, order, jnp.asarray(steps))
         spent += cost + steps * size
         p = _probabilities(run.risk, eqx.combine(state[0], static), run.deciding)
@@ -285,7 +288,12 @@ def _train(run: _Run, model0: Model, budget: float, warmup: int, every: int) -> 
         epochs.append(
             _Epoch(spent, steps * size, int(harmful), int(explained), heldout, valued, watched)
         )
-    assert found is not None  # `_check_budget` has seen to it
+    if found is None:
+        raise RuntimeError(
+            f"Of {int(run.present.sum())} points fewer than `batch_size={size}` are left once harmful and "
+            "explained ones are set aside, so that nothing was trained without them. Use a smaller batch, "
+            "or check the labels: harmful are points that the others contradict."
+        )
     chosen, params = returned
     return _answer(run, eqx.combine(params, static), found, epochs, plain, chosen)
 

@@ -33,8 +33,9 @@ def check_removal_step(
 
 
 _DIVERGE = (
-    "chord steps diverge: the Hessian of the other points is too far from the one held, or the Newton "
-    "step that they start from goes too far, which more of them may mend. "
+    "chord steps diverge: the curvature of the other points is too far from the one held (of a network "
+    "GaussNewton may be), or the Newton step that they start from goes too far, which more of them may "
+    "mend. "
     "`certify(f, ..., refine=...)` tells point by point how far it got, and `leave_one_out(risk, model, "
     "trainer, indices=...)` retrains; `refine=0` is a Newton step that nothing judges. More `damping=` "
     "shortens the steps, and takes many more of them to the same end."
@@ -42,8 +43,9 @@ _DIVERGE = (
 
 
 _UNSETTLED = (
-    "With every point kept chord steps diverge: the model is too far from a minimum for them (see "
-    "`diagnose(f)`). `fit` it further, or use `refine=0`."
+    "With every point kept chord steps diverge: the model is too far from a minimum for them "
+    '(`diagnose(f)["stationarity"]` says how far), or the curvature held too far from the Hessian. '
+    "`fit` it further, use Hessian() or more `damping=`, or `refine=0`."
 )
 
 
@@ -65,9 +67,10 @@ def require_convergence(
 
 
 _NO_STEP = (
-    "the Hessian is not positive definite, and there is no Newton step: the point alone decides some "
-    "direction (leverage 1), which takes an l2 > 0, or the loss is not convex in its output, which "
-    "takes `damping=`."
+    "the Hessian is not positive definite, or is singular to rounding, and there is no Newton step: the "
+    "point alone decides some direction (leverage 1), which takes an l2 > 0; or the model is no minimum "
+    "without it, as may be where the loss is not convex in the parameters, which takes GaussNewton() or "
+    "more `damping=`."
 )
 
 

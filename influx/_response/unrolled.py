@@ -36,7 +36,8 @@ class Unrolled(eqx.Module):
     No minimum, convexity, curvature or damping is asked for. As a full-batch gradient descent on a
     strongly convex J gets longer it tends to the implicit response (P14); a short run does not answer as
     a minimum does, even one that starts there. Momentum, Adam, schedules, weight decay, clipping:
-    whatever optax optimiser, as long as its update is differentiable where the run passes.
+    whatever optax optimiser, as long as its update is differentiable where the run passes. Adam's is
+    not where a gradient has always been 0, as of a pixel that is: give it an `eps_root` above 0.
 
     A derivative is taken at the risk's own weights. To foresee models from which a large share ρ of the
     points is erased, take it where they are on average: `risk.with_weights(np.full(n, 1 - ρ))`; models
@@ -52,7 +53,8 @@ class Unrolled(eqx.Module):
     vector measurement) a second run and as many Hessian products as it has steps, each for all: about
     2.6 runs for a single query. It keeps 2√T states of the T steps, and the order of the data.
 
-    **Raises:** `ValueError` for a trainer that is no `SGD`; `RuntimeError` where the run diverges.
+    **Raises:** `ValueError` for a trainer that is no `SGD`; `RuntimeError` where the run diverges,
+    or at a query where its derivative is not finite.
 
     **Source:** Maclaurin, Duvenaud & Adams, "Gradient-based Hyperparameter Optimization through
     Reversible Learning", arXiv:1502.03492; Hara, Nitanda & Maehara, "Data Cleansing for Models
@@ -121,7 +123,9 @@ class TrainingRun(AbstractResponse):
         """All its scores: one pass backwards answers every training point."""
         rows = jnp.atleast_2d(measurement.gradient(self.risk, self.model, query))
         parts = self.trainer, self.risk, self.model, self.states, self.batches
-        return self.risk.n * jax.vmap(lambda row: pull(*parts, row))(rows)
+        scores = self.risk.n * jax.vmap(lambda row: pull(*parts, row))(rows)
+        lost = jnp.all(jnp.isfinite(rows)) & ~jnp.all(jnp.isfinite(scores))
+        return eqx.error_if(scores, lost, _NO_DERIVATIVE)
 
     def columns(self, prepared, indices):
         return prepared if indices is None else prepared[:, indices]
@@ -159,6 +163,14 @@ class TrainingRun(AbstractResponse):
 
     def settle(self):
         return self.check_displace()
+
+
+_NO_DERIVATIVE = (
+    "The derivative of the training run is not finite. Either an update has none: Adam divides by √v, "
+    "which is 0 where a gradient has always been 0 (a pixel that never changes), and needs "
+    "`optax.adam(..., eps_root=1e-8)`; a norm that is clipped has none at 0. Or it grows at every step "
+    '(`diagnose(f)["metasmoothness"]`): use a smaller learning rate or fewer epochs.'
+)
 
 
 def _no_size(what: str) -> str:

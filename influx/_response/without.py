@@ -5,12 +5,15 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int
 
 from .._chunks import take
 from .._gradients import example_gradient, gradient_size, risk_gradient
 from .._linalg import ravel
 from .base import AbstractResponse
+
+_ROUNDINGS = 8
 
 
 class Without(eqx.Module):
@@ -87,7 +90,7 @@ class Without(eqx.Module):
         self, slopes: Callable, start: Float[Array, "k P"], first: Float[Array, " k"]
     ) -> tuple[Float[Array, "k P"], Bool[Array, " k"]]:
         """Chord steps on from `start`, and whether they diverge nowhere, `first` being the squared
-        decrement at θ̂. Where there is no step to start from (NaN), they do."""
+        decrement at θ̂. Where there is no step to start from (NaN), there are none."""
         below = lambda decrement, other: (decrement < other) | (decrement <= self.noise)
 
         def judged(state):
@@ -100,12 +103,12 @@ class Without(eqx.Module):
             return state[0] - down, decrement, falls
 
         known = jnp.isfinite(jnp.sum(start, axis=1))
-        unknown = jnp.full(len(start), jnp.inf, start.dtype)
-        state = jnp.where(known[:, None], start, 0), unknown, known
+        before = jnp.full(len(start), jnp.inf, start.dtype)
+        state = jnp.where(known[:, None], start, 0), before, jnp.ones_like(known)
         end = jax.lax.fori_loop(0, self.refine, onward, state)
         _, decrement, falls = judged(end)
         converged = falls & below(decrement, jnp.abs(first))
-        return jnp.where(known[:, None], end[0], jnp.nan), converged
+        return jnp.where(known[:, None], end[0], jnp.nan), converged | ~known
 
 
 def _chord(response: AbstractResponse, slopes: Float[Array, "k P"]):
@@ -117,11 +120,12 @@ def _chord(response: AbstractResponse, slopes: Float[Array, "k P"]):
 def _rounding(response: AbstractResponse, gradient: Float[Array, " P"]) -> Float[Array, ""]:
     """What rounding makes of a squared decrement, with a factor of 100: the most that is seen of θ̂'s
     last digit and on the way back from it, by chord steps on J − ⟨∇J(θ̂), ·⟩; and of the last digit of
-    the sum that ∇J is, which θ̂'s own says nothing of where it is near 0."""
+    the sums that ∇J is, up or down at random, of which θ̂'s own says nothing where it is near 0."""
     theta, _ = ravel(response.model)
     unit = jnp.finfo(theta.dtype).eps
-    sums = unit * gradient_size(response.risk, response.model)
-    step, found = unit * theta, [_chord(response, sums[None])[1][0]]
+    signs = jr.rademacher(jr.key(0), (_ROUNDINGS, theta.size), theta.dtype)
+    sums = unit * signs * gradient_size(response.risk, response.model)[None]
+    step, found = unit * theta, [jnp.max(_chord(response, sums)[1])]
     for _ in range(4):
         down, decrement = _chord(response, (_gradient(response, step) - gradient)[None])
         step, found = step - down[0], [*found, decrement[0]]

@@ -4,7 +4,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._checks import is_concrete
+from .._checks import check_whole, is_concrete
 from .._data import checked_masks
 from .._influence import Influence, check_influence
 from .._scale import Unscaled
@@ -66,11 +66,13 @@ def groups(
     masks = checked_masks(masks, f.risk.n, "groups")
     if is_concrete(masks) and not (np.isfinite(masks) & (np.asarray(masks) >= 0)).all():
         raise ValueError("`masks` has NaN, infinite or negative entries. 1 is a member, 0 is none.")
-    if isinstance(order, bool) or not hasattr(order, "__index__") or order not in (1, 2):
-        raise ValueError(
-            f"`order` must be 1, the sum over members, or 2, with what they do to one another; got "
-            f"{order!r}. Beyond the second order retrain with `leave_subset_out`."
-        )
+    order = check_whole(
+        "order",
+        order,
+        most=2,
+        hint=" 1 is the sum over members, 2 counts what they do to one another. Beyond the second order "
+        "retrain with `leave_subset_out`.",
+    )
     if not isinstance(f.scale, Unscaled):
         raise ValueError(
             "Relative influences of points have different units and do not add up. "

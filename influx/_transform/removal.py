@@ -16,7 +16,8 @@ def removal(
     - `"newton"`: m(θ̂ + Δθᵢ) − m(θ̂ + δ₀), with Δθᵢ one Newton step of the risk without point i
       (Woodbury, so that a point's leverage is exact) and m evaluated there, not linearised. Error
       O(1/n²) too, but of ∇³J alone: exact where J is quadratic, λ = 0 and H₋ᵢ ≻ 0. NaN where H₋ᵢ is
-      not positive definite: a point of leverage 1, or a loss not convex in its output. Hessian and
+      not positive definite, to rounding: a point of leverage 1, or a loss not convex in the
+      parameters (there iterative solvers see it only where the step leads uphill). Hessian and
       GaussNewton, also inside CG, MINRES, Neumann, Projected or Arnoldi(complement=False). `refine`
       chord steps θ̃ᵢ ← θ̃ᵢ − (H + λI)⁻¹∇J₋ᵢ(θ̃ᵢ) lead on towards where retraining ends, at n example
       gradients a point each and as many to judge the last.
