@@ -290,9 +290,9 @@ def _train(run: _Run, model0: Model, budget: float, warmup: int, every: int) -> 
         )
     if found is None:
         raise RuntimeError(
-            f"Of {int(run.present.sum())} points fewer than `batch_size={size}` are left once harmful and "
-            "explained ones are set aside, so that nothing was trained without them. Use a smaller batch, "
-            "or check the labels: harmful are points that the others contradict."
+            f"Of {int(run.present.sum())} points fewer than `batch_size={size}` are left once harmful "
+            "and explained ones are set aside, so that nothing was trained without them. Use a smaller "
+            "batch, or check the labels: harmful are points that the others contradict."
         )
     chosen, params = returned
     return _answer(run, eqx.combine(params, static), found, epochs, plain, chosen)

@@ -66,7 +66,7 @@ def groups(
     masks = checked_masks(masks, f.risk.n, "groups")
     if is_concrete(masks) and not (np.isfinite(masks) & (np.asarray(masks) >= 0)).all():
         raise ValueError("`masks` has NaN, infinite or negative entries. 1 is a member, 0 is none.")
-    order = check_whole(
+    degree = check_whole(
         "order",
         order,
         most=2,
@@ -80,6 +80,6 @@ def groups(
         )
     masks = masks.astype(f.risk.weights.dtype)
     f.effect.lost(f, masks)  # refuses effects of single points
-    if order == 2:
+    if degree == 2:
         f.response.check_path()
     return replace(f, masks=masks, order=int(order))
