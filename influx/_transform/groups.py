@@ -82,4 +82,4 @@ def groups(
     f.effect.lost(f, masks)  # refuses effects of single points
     if degree == 2:
         f.response.check_path()
-    return replace(f, masks=masks, order=int(order))
+    return replace(f, masks=masks, order=degree)
