@@ -95,12 +95,26 @@ def test_enclosures_are_of_the_curvature_given(curvature):
     assert bool(jnp.all((bound.full_lower <= full + slack) & (full <= bound.full_upper + slack)))
 
 
-def test_a_missing_minimum_is_named_by_the_newton_step():
+def test_a_missing_minimum_is_nan_for_the_points_that_make_it():
+    """λ just enough for H ≻ 0, so that it is not for some H₋ᵢ: told from those by their eigenvalues."""
     risk, model, queries = network(np.float64)
     low = float(np.linalg.eigvalsh(ix.Hessian().matrix(risk, model))[0])
-    f = ix.removal(ix.influence(risk, model, ix.Hessian(damping=-low * (1 + 1e-4))), "newton")
-    with pytest.raises(RuntimeError, match="Without one of the training points the Hessian"):
-        f(queries).block_until_ready()
+    curvature = ix.Hessian(damping=-low * (1 + 1e-4))
+    f = ix.influence(risk, model, curvature)
+
+    def lowest(i):
+        without = risk.with_weights(risk.weights.at[i].set(0))
+        return np.linalg.eigvalsh(curvature.matrix(without, model))[0] + curvature.damping
+
+    missing = np.array([lowest(i) < 0 for i in range(risk.n)])
+    assert 0 < missing.sum() < risk.n
+    found = np.asarray(ix.removal(f, "newton")(queries))
+    np.testing.assert_array_equal(np.isnan(found), np.broadcast_to(missing, found.shape))
+    points = ", ".join(map(str, np.flatnonzero(missing)[:5]))
+    with pytest.raises(
+        RuntimeError, match=rf"{missing.sum()} of {risk.n} points \({points}.*Hessian"
+    ):
+        ix.memorization(f)
 
 
 def test_a_softmax_inside_the_model_is_no_affine_output():
