@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._channels_last import channels_last
+
 # Temporaries of one chunk are kept within this size. Results do not depend on it (a law under test).
 BYTE_BUDGET = 256 * 2**20
 
@@ -60,7 +62,8 @@ def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
     blocks = jtu.tree_map(lambda x: x[: full * size].reshape(full, size, *x.shape[1:]), xs)
     zeros = lambda struct: jnp.zeros(struct.shape, struct.dtype)
     start = jtu.tree_map(zeros, jax.eval_shape(fn, take(blocks, 0)))
-    add = lambda total, block: (jtu.tree_map(jnp.add, total, fn(block)), None)
+    inside = channels_last(fn)
+    add = lambda total, block: (jtu.tree_map(jnp.add, total, inside(block)), None)
     total, _ = jax.lax.scan(add, start, blocks)
     if full * size < n:
         total = jtu.tree_map(jnp.add, total, fn(take(xs, slice(full * size, None))))
@@ -82,5 +85,5 @@ def map_blocks(fn, n: int, chunk: int) -> PyTree:
     size = even_length(n, chunk)
     count = -(-n // size)
     indices = jnp.minimum(jnp.arange(count * size), n - 1)
-    blocks = jax.lax.map(fn, indices.reshape(count, size))
+    blocks = jax.lax.map(channels_last(fn), indices.reshape(count, size))
     return jtu.tree_map(lambda x: x.reshape(count * size, *x.shape[2:])[:n], blocks)

@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "influx"
 ORDER = (
-    "_custom_types", "_extras", "_agreement", "_checks", "_chunks", "_cost", "_linalg", "_loss",
-    "_data", "_risk", "_validate",
+    "_custom_types", "_extras", "_agreement", "_checks", "_equations", "_channels_last", "_chunks",
+    "_cost", "_linalg", "_loss", "_data", "_risk", "_validate",
     "_restriction", "_gradients", "_jacobian", "_solver", "_train", "_truth", "_measurement",
     "_taps", "_curvature", "_engine", "_response", "_scale", "_effect", "_influence", "_transform",
     "_coverage", "_plan", "_memorization", "_value", "_removal", "_top_k", "_influential_subset",

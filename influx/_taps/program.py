@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array
 
+from .._equations import CALLS, apply, inner_program
 from .rules import RULES
 from .tap import Tap
 from .view import Made, Spread, View
@@ -21,8 +22,6 @@ _LARGEST_POOL = 64
 
 Role = View | Spread | Made | None
 _ELEMENTWISE = ("add", "sub", "mul", "div", "add_any")
-# Programs inside programs that are read through. A custom derivative is not: its cotangents are its own.
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,9 @@ def read(program: Jaxpr, roles: Sequence[Role], leaf_shapes, *, depth=0, counter
         if not any(inputs):
             continue
         name = equation.primitive.name
-        if name in _CALLS:
+        if name in CALLS:
             inner, outs = read(
-                _program_of(equation), inputs, leaf_shapes, depth=depth, counter=counter
+                inner_program(equation)[0], inputs, leaf_shapes, depth=depth, counter=counter
             )
             _adopt(found, number, inner, inner.taps)
             known.update(_named(equation.outvars, outs))
@@ -90,11 +89,6 @@ def _named(variables, roles) -> dict[Any, Role]:
     return {v: role for v, role in zip(variables, roles) if role is not None}
 
 
-def _program_of(equation) -> Jaxpr:
-    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    return inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-
-
 def _adopt(found: Reading, number: int, inner: Reading, taps: list[Tap]) -> None:
     found.inner[number] = inner
     found.taps += taps
@@ -117,7 +111,9 @@ def _read_scan(equation, inputs, leaf_shapes, depth, counter) -> Reading:
             roles.append(None)
             if isinstance(role, View | Spread):
                 uses.append(Use(role.leaf, "scan"))
-    inner, outs = read(_program_of(equation), roles, leaf_shapes, depth=depth + 1, counter=counter)
+    inner, outs = read(
+        inner_program(equation)[0], roles, leaf_shapes, depth=depth + 1, counter=counter
+    )
     inner.uses += uses
     inner.escaped |= escaping(inputs) | escaping(outs)
     # A parameter that a loop hands on is not followed.
@@ -229,7 +225,7 @@ def run(
             tap = reading.at[number]
             activations.append(tap.activation(operands))
             if tap.output is None:
-                (out,) = _apply(program, equation, operands)
+                (out,) = apply(program, equation, operands)
             else:
                 out = tap.output(activations[-1], operands)
             outs = [out + waiting.pop(0)]
@@ -242,7 +238,7 @@ def run(
         elif _is_max_pool(equation):
             outs = [max_pool(operands[0], equation.params)]
         else:
-            outs = _apply(program, equation, operands)
+            outs = apply(program, equation, operands)
         values.update(zip(equation.outvars, outs))
     return [value(v) for v in program.outvars], activations
 
@@ -254,21 +250,9 @@ def _is_max_pool(equation) -> bool:
     return floating and math.prod(equation.params["window_dimensions"]) <= _LARGEST_POOL
 
 
-def _apply(program: Jaxpr, equation, operands) -> list[Array]:
-    """One equation by itself."""
-    given = {v: x for v, x in zip(equation.invars, operands) if not isinstance(v, Literal)}
-    alone = program.replace(
-        constvars=[], invars=list(given), outvars=list(equation.outvars), eqns=[equation],
-        effects=equation.effects,
-    )  # fmt: skip
-    return jaxpr_as_fun(ClosedJaxpr(alone, []))(*given.values())
-
-
 def _run_call(equation, inner: Reading, operands, shifts):
-    program = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    closed = isinstance(program, ClosedJaxpr)
-    consts = program.consts if closed else []
-    return run(program.jaxpr if closed else program, inner, consts, operands, shifts)
+    program, consts = inner_program(equation)
+    return run(program, inner, consts, operands, shifts)
 
 
 def _run_scan(equation, inner: Reading, operands, shifts):

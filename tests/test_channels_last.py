@@ -1,0 +1,105 @@
+"""Convolutions in loops: the same numbers, in the order of axes that XLA for CPUs is fast at."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
+
+from influx._channels_last import channels_last
+from influx._chunks import chunked_map, chunked_sum
+
+ORDERS = [("NCHW", "OIHW", "NCHW"), ("NHWC", "HWIO", "NHWC"), ("CNHW", "IHWO", "HNWC")]
+SETTINGS = {
+    "plain": {},
+    "strides": {"window_strides": (2, 1)},
+    "dilated": {"lhs_dilation": (2, 1), "rhs_dilation": (1, 2)},
+    "groups": {"feature_group_count": 2},
+    "batch groups": {"batch_group_count": 2},
+}
+
+
+def convolutions(program) -> list:
+    found = [e for e in program.eqns if e.primitive.name == "conv_general_dilated"]
+    inner = [jaxprs_in_params(e.params) for e in program.eqns]
+    return found + [c for programs in inner for p in programs for c in convolutions(p)]
+
+
+def is_last(equation) -> bool:
+    lhs, rhs, out = equation.params["dimension_numbers"]
+    last = len(lhs) - 1
+    space = tuple(range(1, last))
+    return (lhs, out) == ((0, last, *space),) * 2 and rhs == (last, last - 1, *range(last - 1))
+
+
+def laid_out(x, letters: str, names: str):
+    """x, whose axes are `letters` in order, in the order of `names`."""
+    return jnp.transpose(x, [letters.index(name) for name in names])
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1), order=st.sampled_from(ORDERS), kind=st.sampled_from([*SETTINGS])
+)
+def test_a_convolution_is_the_same_in_any_order_of_its_axes(seed, order, kind):
+    a, b = jr.split(jr.key(seed))
+    settings = {"window_strides": (1, 1), "padding": ((1, 0), (0, 2))} | SETTINGS[kind]
+    groups = settings.get("feature_group_count", 1)
+    image = laid_out(jr.normal(a, (4, 4, 6, 5)), "NCHW", order[0])
+    kernel = laid_out(jr.normal(b, (6, 4 // groups, 3, 2)), "OIHW", order[1])
+
+    def convolve(image, kernel):
+        return jax.lax.conv_general_dilated(image, kernel, dimension_numbers=order, **settings)
+
+    np.testing.assert_allclose(
+        channels_last(convolve)(image, kernel), convolve(image, kernel), rtol=1e-9, atol=1e-9
+    )
+    assert all(
+        map(is_last, convolutions(jax.make_jaxpr(channels_last(convolve))(image, kernel).jaxpr))
+    )
+
+
+class Network(eqx.Module):
+    layers: list
+
+    def __init__(self, space: int):
+        kinds = {1: eqx.nn.Conv1d, 2: eqx.nn.Conv2d, 3: eqx.nn.Conv3d}
+        back = {1: eqx.nn.ConvTranspose1d, 2: eqx.nn.ConvTranspose2d, 3: eqx.nn.ConvTranspose3d}
+        self.layers = [
+            kinds[space](2, 3, 3, padding=1, key=jr.key(0)),
+            back[space](3, 2, 2, stride=2, key=jr.key(1)),
+        ]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jax.nn.gelu(eqx.filter_jit(layer)(x))  # a program inside the program
+        return jnp.sum(x**2)
+
+
+@pytest.mark.parametrize("space", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["per example", "sum", "tangent"])
+def test_blocks_convolve_with_channels_last_and_answer_the_same(space, kind):
+    params, static = eqx.partition(Network(space), eqx.is_inexact_array)
+    x = jr.normal(jr.key(2), (6, 2, *(4,) * space))
+    loss = lambda p, z: eqx.combine(p, static)(z)
+    of_all = lambda p, xs: jnp.sum(jax.vmap(lambda z: loss(p, z))(xs))
+    ways = {
+        "per example": lambda p, chunk: chunked_map(lambda z: jax.grad(loss)(p, z), x, chunk),
+        "sum": lambda p, chunk: chunked_sum(lambda xs: jax.grad(of_all)(p, xs), x, chunk),
+        "tangent": lambda p, chunk: chunked_map(
+            lambda z: jax.jvp(lambda q: loss(q, z), (p,), (p,))[1], x, chunk
+        ),
+    }
+    at = lambda chunk: jax.make_jaxpr(lambda p: ways[kind](p, chunk))(params)
+    leaves = jax.tree_util.tree_leaves(params)
+    whole, blocks = (jaxpr_as_fun(at(chunk))(*leaves) for chunk in (6, 4))
+    for one, other in zip(whole, blocks):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+    assert not all(map(is_last, convolutions(at(6).jaxpr)))
+    loops = [e for e in at(4).jaxpr.eqns if e.primitive.name == "scan"]
+    inside = [c for e in loops for p in jaxprs_in_params(e.params) for c in convolutions(p)]
+    assert inside
+    assert all(map(is_last, inside))
