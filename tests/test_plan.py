@@ -238,3 +238,19 @@ def test_a_limit_that_holds_nothing_is_refused_with_the_one_that_does():
         f(queries)
     enough = int(re.search(r"memory=(\d+)\)", str(refused.value))[1])
     assert np.isfinite(ix.influence(risk, model, ix.Identity(), memory=enough)(queries)).all()
+
+
+def test_one_query_takes_all_points_at_once_where_they_fit():
+    """Forward mode is little work a point; in smaller chunks it is the same."""
+    risk, model, queries = wide_problem()
+    many = jax.tree_util.tree_map(lambda x: jnp.tile(x, (4,) + (1,) * (x.ndim - 1)), risk.data)
+    many = ix.EmpiricalRisk(many, risk.loss, l2=1e-3)
+    query = take(queries, 1)
+    scores = []
+    for memory, points in ((None, [1200]), (2_000_000, range(1, 513))):
+        f = ix.influence(many, model, ix.EKFAC(damping=1e-2), memory=memory)
+        planned = ix.plan(f, query)
+        assert planned.training_points in points
+        assert "forward mode" in str(planned)
+        scores.append(f(query))
+    np.testing.assert_allclose(*scores, rtol=1e-8, atol=1e-12)

@@ -30,7 +30,7 @@ class PerExample(AbstractScoring):
         forward = ForwardMode(self.limits)
         return (
             Alternative(self.settled, (*solved, gradients)),
-            Alternative(forward.settled, (*solved, forward_piece(response, k))),
+            Alternative(forward.settled, (*solved, forward_piece(response, k)), whole=True),
         )
 
     def settled(self, ways, points):
@@ -73,7 +73,7 @@ class ForwardMode(AbstractScoring):
 
     def alternatives(self, response, measurement, query):
         k, solved = _gradient_and_solve(response, measurement, query)
-        return (Alternative(self.settled, (*solved, forward_piece(response, k))),)
+        return (Alternative(self.settled, (*solved, forward_piece(response, k)), whole=True),)
 
     def settled(self, ways, points):
         return replace(self, points=points)

@@ -134,7 +134,9 @@ class Layered(AbstractScoring):
         choices = tuple(_choices(block, *rows) for block, rows in zip(blocks, zip(m, z)))
         return (
             Alternative(self.settled, (passes,), choices),
-            Alternative(self.settled, (), self._forward(response, measurement, query, m)),
+            Alternative(
+                self.settled, (), self._forward(response, measurement, query, m), whole=True
+            ),
         )
 
     def _forward(self, response, measurement, query, rows) -> tuple[tuple[Piece, ...], ...]:

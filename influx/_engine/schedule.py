@@ -45,11 +45,13 @@ class Piece:
 @dataclass(frozen=True)
 class Alternative:
     """One way of scoring: what it does in any case, and for each layer the pieces to choose from.
-    `settle(ways, points)` is what does so, given the choice and the chunk."""
+    `settle(ways, points)` is what does so, given the choice and the chunk. Where `whole`, all points are
+    taken at once if they fit: what is little work a point is slower in a loop."""
 
     settle: Callable[[tuple[str, ...], int], Any]
     shared: tuple[Piece, ...]
     layers: tuple[tuple[Piece, ...], ...] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def _settled(one: Alternative, limits, m: int, n: int, q: int, scores: Cost) -> 
     for piece in pieces:
         live = live.plus(piece.cost.live)
     held = live.query - passing
-    b, p = _points(held, live, limits, n, q), _prepared(held, passing, limits, q)
+    most = n if one.whole else MOST_POINTS
+    b, p = _points(held, live, limits, n, q, most), _prepared(held, passing, limits, q)
     rows = tuple(Row(r.paths, r.way, r.flops(m, n, q), r.moved(m, n, q, b)) for r in pieces)
     total = sum(row.flops + BALANCE * row.bytes for row in rows)
     total += _STEP * len(pieces) * (-(-m // q) * -(-n // b) + -(-m // p))
@@ -149,10 +152,11 @@ def _prepared(held: float, passing: float, limits: Limits, q: int) -> int:
     return even_length(q, max(1, int(room // max(1.0, passing))))
 
 
-def _points(held: float, live: Parts, limits: Limits, n: int, q: int) -> int:
-    """How many training points fit beside q queries (at least one)."""
+def _points(held: float, live: Parts, limits: Limits, n: int, q: int, most: int) -> int:
+    """How many training points fit beside q queries (at least one): `most`, or in smaller chunks."""
     if limits.chunk_size is not None:
         return even_length(n, limits.chunk_size)
     room = limits.bytes - live.fixed - q * held
     each = max(1.0, live.point + q * live.pair)
-    return even_length(n, max(1, min(MOST_POINTS, int(room // each))))
+    fit = int(room // each)
+    return even_length(n, max(1, min(most if most <= fit else MOST_POINTS, fit)))
