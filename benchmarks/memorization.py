@@ -1,7 +1,7 @@
 """What labels, scores and signs agree with: subsets retrained, and every point left out.
 
     python -m benchmarks.memorization            # or only a part of it: study, signs
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.memorization wide [0 or 0.1]    # 20 minutes each
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.memorization wide [0 or 0.1]
 
 **Labels and scores** against Feldman and Zhang's estimates from trainings on random subsets of 70 %
 (`subsampled_memorization`), of three outcomes: whether argmax is the label (theirs), whether p_y > ½

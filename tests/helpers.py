@@ -152,5 +152,12 @@ def handle(name: str = "softmax", curvature: str = "Hessian", seed: int = 0) -> 
     return ix.influence(risk, model, CURVATURES[curvature][0])
 
 
+def alone():
+    """Seven points and no l2; the last alone is at (0, 1), of leverage 1."""
+    x = np.array([[1.0, 0.0]] * 6 + [[0.0, 1.0]])
+    risk = ix.EmpiricalRisk((x, np.array([0, 1, 0, 1, 1, 0, 1.0])), ix.BinaryCrossEntropy())
+    return risk, eqx.nn.Linear(2, "scalar", use_bias=False, key=jr.key(0))
+
+
 def linear_model(key: int = 0, inputs: int = 4, outputs=3) -> eqx.nn.Linear:
     return eqx.nn.Linear(inputs, outputs, key=jr.key(key))

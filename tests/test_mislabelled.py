@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import influx as ix
 from influx._removal.evidence import _chance_right, feature_kernel, without_each
-from tests.helpers import linear_model, problem
+from tests.helpers import alone, linear_model, problem
 
 SEEDS = st.integers(0, 2**31 - 1)
 FLIPPED = np.arange(5)
@@ -215,10 +215,7 @@ def test_what_cannot_be_answered_is_refused_by_name():
 
 
 def test_points_without_which_there_is_no_step_are_named():
-    """The last alone is at (0, 1); no l2."""
-    x = np.array([[1.0, 0.0]] * 6 + [[0.0, 1.0]])
-    risk = ix.EmpiricalRisk((x, np.array([0, 1, 0, 1, 1, 0, 1.0])), ix.BinaryCrossEntropy())
-    model = eqx.nn.Linear(2, "scalar", use_bias=False, key=jr.key(0))
+    risk, model = alone()
     with pytest.raises(
         RuntimeError, match=r"Without each of 1 of 7 points \(6\) the Hessian is not"
     ):

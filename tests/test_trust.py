@@ -20,7 +20,7 @@ from influx._gradients import risk_gradient
 from influx._linalg import ravel
 from influx._measurement import Margin
 from influx.testing import BrokenLaw
-from tests.helpers import linear_model, problem
+from tests.helpers import alone, linear_model, problem
 
 
 def culprit(f) -> set[str]:
@@ -439,6 +439,20 @@ def test_float32_has_a_newton_step_where_leverages_are_nearly_1(l2):
     np.testing.assert_allclose(found, want, rtol=0.1)
 
 
+def test_a_step_does_not_depend_on_which_points_it_is_taken_beside():
+    """Float32 and features of very different size, beside a point that is alone in one direction."""
+    x = np.random.default_rng(0).normal(size=(60, 3)) * np.array([100, 0.1, 1])
+    x[:, 2] = np.arange(60) == 59
+    data = x.astype(np.float32), x[:, 1].astype(np.float32)
+    risk = ix.EmpiricalRisk(data, ix.SquaredError())
+    line = eqx.nn.Linear(3, "scalar", use_bias=False, dtype=jnp.float32, key=jr.key(0))
+    f = ix.influence(risk, line, ix.GaussNewton(damping=1e-2))
+    single = np.concatenate([ix.value(f, data, "newton", indices=[i]).value for i in range(60)])
+    together = np.asarray(ix.value(f, data, "newton").value)
+    np.testing.assert_array_equal(np.isnan(together), np.isnan(single))
+    assert not np.isnan(together[:59]).any()
+
+
 def test_a_network_has_a_newton_step_without_most_points():
     """Where outputs are not affine in the parameters, one indefinite H₋ᵢ is NaN for its point alone."""
     x, y = np.ones((5, 1)), np.array([0.0, -1.5, 1.45, -1.2, 1.3])
@@ -456,10 +470,7 @@ def test_a_network_has_a_newton_step_without_most_points():
 
 
 def test_memorization_names_points_without_which_there_is_no_newton_step():
-    """Points that are yes at x = 0 and no elsewhere, of which one alone is at x = 0; no l2."""
-    x = np.array([[1.0, 0.0]] * 6 + [[0.0, 1.0]])
-    risk = ix.EmpiricalRisk((x, np.array([0, 1, 0, 1, 1, 0, 1.0])), ix.BinaryCrossEntropy())
-    model = eqx.nn.Linear(2, "scalar", use_bias=False, key=jr.key(0))
+    risk, model = alone()
     with pytest.raises(
         RuntimeError, match=r"1 of 7 points \(6\) the Hessian is not positive definite"
     ):

@@ -77,7 +77,7 @@ class OutputTerms(eqx.Module):
 
         With (wᵢ/n) SᵢKᵢx = λx, λ the largest, z = H⁻¹Aᵢᵀx is where least of H's curvature is left:
         zᵀH₋ᵢz = (1 − λ) zᵀHz. It is measured by a product with H, as rounding, or an iterative solve's
-        tolerance, may hide behind 1 − λ. Not looked at where ‖(wᵢ/n) Sᵢ‖‖Kᵢ‖ ≤ ½ bounds every λ.
+        tolerance, may hide behind 1 − λ. Where ‖(wᵢ/n) Sᵢ‖‖Kᵢ‖ ≤ ½ bounds every λ it need not be.
         """
         own, leverage = jax.lax.stop_gradient((self.share[:, None, None] * self.hessian, leverage))
         size = lambda a: jnp.sqrt(jnp.sum(jnp.square(a), axis=(1, 2)))
@@ -88,7 +88,8 @@ class OutputTerms(eqx.Module):
             seen = self.jacobian.push_each(z)
             taken = einsum("ka,kab,kb->k", seen, own, seen)
             left = jnp.sum(z * curvature.products(z), axis=1) - taken
-            return (most < 1) & (left >= curvature.noise * jnp.sum(jnp.square(z), axis=1))
+            above = left >= curvature.noise * jnp.sum(jnp.square(z), axis=1)
+            return clear | ((most < 1) & above)
 
         clear = size(own) * size(leverage) <= 0.5
         return jax.lax.cond(jnp.all(clear), lambda: clear, judged)
@@ -103,7 +104,7 @@ def _largest(own: Float[Array, "k K K"], leverage: Float[Array, "k K K"]):
 
 
 class Measured(eqx.Module):
-    """Products with H + λI, and the curvature that is lost in their rounding, eps‖H + λI‖."""
+    """Products with H + λI, and the curvature that is lost in their rounding: 30 eps‖H + λI‖."""
 
     factored: AbstractFactored
     noise: Float[Array, ""]
