@@ -254,3 +254,11 @@ def test_one_query_takes_all_points_at_once_where_they_fit():
         assert "forward mode" in str(planned)
         scores.append(f(query))
     np.testing.assert_allclose(*scores, rtol=1e-8, atol=1e-12)
+
+
+def test_a_chunk_beyond_the_byte_budget_does_not_take_queries_one_by_one(monkeypatch):
+    monkeypatch.setattr("influx._chunks.BYTE_BUDGET", 2**20)
+    risk, model, queries = wide_problem()
+    plan = ix.plan(ix.influence(risk, model, ix.EKFAC(damping=1e-2), chunk_size=300), queries)
+    assert plan.peak_bytes > 2**20
+    assert plan.queries > 20

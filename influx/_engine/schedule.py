@@ -89,6 +89,10 @@ def choose(
 ) -> Schedule:
     """The cheapest schedule within the limits. `kept` numbers are kept of a query's scores.
 
+    Without a memory limit of the user's that is the byte budget; or, where that does not hold one query
+    beside a chunk of the size asked for, twice what does: a query at a time would take a pass over the
+    training points for each.
+
     **Raises:** `ValueError` where a memory limit of the user's holds not even `least_share`.
     """
     # As they come out of the chunks, in their place, and divided by a scale.
@@ -96,18 +100,16 @@ def choose(
     found = [
         _settled(one, limits, m, n, q, scores) for one in alternatives for q in _query_chunks(m)
     ]
-    fit = [s for s in found if s.peak <= limits.bytes]
-    if fit:
-        return min(fit, key=lambda s: s.work)
     least = min(found, key=lambda s: s.peak)
-    if limits.memory is not None:
+    bytes = limits.bytes if limits.memory is not None else max(limits.bytes, 2 * least.peak)
+    if least.peak > bytes:
         alone = "" if limits.chunk_size is None else f" with chunk_size={limits.chunk_size}"
         raise ValueError(
             f"`memory={limits.memory}` bytes do not hold {least_share} share of the work{alone}: that "
             f"takes {least.peak:,.0f}. Use `influence(..., memory={round(least.peak + 1)})` or more"
             f"{', a smaller chunk_size' if alone else ''}, or keep fewer parameters with `restrict`."
         )
-    return least
+    return min((s for s in found if s.peak <= bytes), key=lambda s: s.work)
 
 
 def map_points(block: Callable, n: int, limits: Limits, dtype) -> PyTree[Array]:
