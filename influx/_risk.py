@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from ._chunks import take
 from ._custom_types import Example, Model, Scalar
 from ._data import checked_data, checked_l2, checked_weights
 from ._linalg import ravel
@@ -87,6 +88,10 @@ class EmpiricalRisk(eqx.Module):
         """The model's output for one input."""
         return self.predict(self.whole(model), x)
 
+    def output_struct(self, model: Model) -> PyTree[jax.ShapeDtypeStruct]:
+        """The shape and dtype of that output. Found once for models and data alike."""
+        return eqx.filter_eval_shape(_output, self, model, take(self.data[0], 0))
+
     def example_loss(self, model: Model, example: Example) -> Float[Array, ""]:
         """ℓ(z, θ) of one (input, target) pair."""
         x, y = example
@@ -115,6 +120,11 @@ class EmpiricalRisk(eqx.Module):
     def objective(self, model: Model, weights=None) -> Float[Array, ""]:
         """J(θ, w); `weights` defaults to the risk's own."""
         return self.mean(self.losses(model), weights) + self.regulariser(model)
+
+
+@eqx.filter_jit
+def _output(risk: EmpiricalRisk, model: Model, x: PyTree[Array]) -> PyTree[Array]:
+    return risk.output(model, x)
 
 
 def l2_tree(l2: PyTree[float], params: PyTree[Array]) -> PyTree[float]:

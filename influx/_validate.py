@@ -157,7 +157,7 @@ def check_queries(
                 f"Query rows of shape {shape} are {have}, the training data's are {want}: pass them on "
                 f"the same scale and convert them, e.g. `.astype({want})`."
             )
-    risk.loss.check(eqx.filter_eval_shape(risk.output, model, take(queries[0], 0)), queries[1])
+    risk.loss.check(risk.output_struct(model), queries[1])
 
 
 def class_logits_shape(risk: EmpiricalRisk, model: Model) -> jax.ShapeDtypeStruct:

@@ -249,7 +249,7 @@ def _output_laws(risk: EmpiricalRisk, model: Model, data, tolerance: float) -> l
         "Hessian root": "UᵀU is ∇²ℓ in the output, U = loss.hessian_root.",
     }
     skipped = lambda name, why: Law(name, laws[name], np.nan, 0, why)
-    shape = eqx.filter_eval_shape(risk.output, model, take(data[0], 0))
+    shape = risk.output_struct(model)
     if not isinstance(shape, jax.ShapeDtypeStruct):
         return [skipped(name, "the output is not one array") for name in laws]
 

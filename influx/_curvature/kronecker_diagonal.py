@@ -58,8 +58,8 @@ def _squares(block: EigenBlock, rows: Rows, weights):
         left = jnp.sum(jnp.square(rows.left[:, :, :, 0]), axis=1)  # [b, S, l]
         right = jnp.square(rows.right[:, 0, :, 0])
         return einsum("b,bsl,bsr->slr", weights, left, right)
-    squares = jnp.square(jax.vmap(block.gradient)(rows))
-    return jnp.sum(weights.reshape(-1, 1, 1, 1, 1) * squares, axis=(0, 1))
+    gradients = jax.vmap(block.gradient)(rows)
+    return einsum("b,bkslr,bkslr->slr", weights, gradients, gradients)
 
 
 def _squares_of_table(layer: Layer, rows: Rows, weights):

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import is_concrete
-from .._chunks import chunk_length, chunked_map, leading_length, take
+from .._chunks import chunk_length, chunked_map, leading_length
 from .._custom_types import Model
 from .._linalg import ravel
 from .._risk import EmpiricalRisk
@@ -33,7 +33,7 @@ def output_jacobian(risk: EmpiricalRisk, model: Model, inputs=None) -> AbstractJ
 
 
 def require_array_output(risk: EmpiricalRisk, model: Model) -> None:
-    output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
+    output = risk.output_struct(model)
     if not isinstance(output, jax.ShapeDtypeStruct):
         raise ValueError(
             f"A Gauss–Newton or Fisher matrix needs outputs that are one array, got {output}. Join "
@@ -44,7 +44,7 @@ def require_array_output(risk: EmpiricalRisk, model: Model) -> None:
 
 def _head_layout(risk: EmpiricalRisk, model: Model) -> tuple[int, tuple[int, ...]] | None:
     """K and the widths, where every leaf has the K outputs as its first axis."""
-    output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
+    output = risk.output_struct(model)
     if not isinstance(output, jax.ShapeDtypeStruct) or len(output.shape) > 1:
         return None
     K = int(np.prod(output.shape))

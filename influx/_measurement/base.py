@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._chunks import take
 from .._custom_types import Example, Model, Scalar
 from .._linalg import ravel
 from .._loss import AbstractLoss
@@ -68,9 +67,7 @@ class AbstractOutputMeasurement(AbstractMeasurement):
         check_queries(risk, model, queries)
 
     def constants(self, risk: EmpiricalRisk, model: Model) -> MeasurementConstants:
-        return self.bounds(
-            risk.loss, eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
-        )
+        return self.bounds(risk.loss, risk.output_struct(model))
 
 
 def check_class(class_: int | None, logits: Array | jax.ShapeDtypeStruct) -> None:

@@ -1,7 +1,7 @@
 import equinox as eqx
 import jax
 
-from .._chunks import Limits, take
+from .._chunks import Limits
 from .._curvature import AbstractCurvature, AbstractFactored
 from .._curvature.newton_step import AbstractNewtonSteps
 from .._custom_types import Model
@@ -41,7 +41,7 @@ class Implicit(AbstractResponse):
         self.factored = curvature.factor(risk, model)
         layered = self.factored.layered is not None
         self.scoring = (Layered if layered else PerExample)(limits)
-        output = eqx.filter_eval_shape(risk.output, model, take(risk.data[0], 0))
+        output = risk.output_struct(model)
         self.output = output if isinstance(output, jax.ShapeDtypeStruct) else None
         self.jacobian = output_jacobian(risk, model) if self.output is not None else None
         self.newton = curvature.newton_steps(risk, model, self.factored, self.jacobian)

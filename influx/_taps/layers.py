@@ -46,8 +46,12 @@ class Rows(NamedTuple):
             _, l, r = shape
             at = lambda i, x: jnp.zeros((r, l), x.dtype).at[i].add(x, mode="drop")
             return jax.vmap(lambda x: jax.vmap(at)(self.right[0], x))(self.left).swapaxes(2, 3)
-        right = jnp.broadcast_to(self.right, (self.left.shape[0], *self.right.shape[1:]))
-        return einsum("kstl,kstr->kslr", self.left, right)
+        k = self.left.shape[0]
+        right = jnp.broadcast_to(self.right, (k, *self.right.shape[1:]))
+        if k == 1:
+            return einsum("kstl,kstr->kslr", self.left, right)
+        # Of many small products XLA makes quick work where a row of the left one lies in one piece.
+        return einsum("kslt,kstr->kslr", self.left.swapaxes(2, 3), right)
 
 
 @dataclass(frozen=True)
