@@ -61,7 +61,7 @@ def each_times(rows: Array, matrices: Array) -> Array:
 
 
 # Strips that a symmetric product is computed in, and the width from which that pays.
-_STRIPS, _WIDE = 4, 128
+_STRIPS, _WIDE = 4, 256
 
 
 def gram_strips(

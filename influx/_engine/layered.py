@@ -334,4 +334,4 @@ def _own(block: EigenBlock, m: Rows, g: Rows, power: int) -> Float[Array, " k"]:
         (lm, rm), (lg, rg) = _rank_one(block.rotate_rows(m)), _rank_one(block.rotate_rows(g))
         return einsum("ksl,slr,sr->k", lm * lg, by, rm * rg)
     rotated = [block.gradient(rows) for rows in (m, g)]
-    return jnp.sum(rotated[0] * rotated[1] * by[None], axis=(1, 2, 3))
+    return einsum("kslr,kslr->k", rotated[0] * by[None], rotated[1])

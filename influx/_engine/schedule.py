@@ -89,27 +89,31 @@ def choose(
 ) -> Schedule:
     """The cheapest schedule within the limits. `kept` numbers are kept of a query's scores.
 
-    Without a memory limit of the user's that is the byte budget; or, where that does not hold one query
-    beside a chunk of the size asked for, twice what does: a query at a time would take a pass over the
-    training points for each.
+    A chunk size of the user's, without a memory limit, may take twice what such a chunk takes with one
+    query: else few queries fit beside a large one, and each few take a pass over the training points.
 
     **Raises:** `ValueError` where a memory limit of the user's holds not even `least_share`.
     """
     # As they come out of the chunks, in their place, and divided by a scale.
     scores = Cost(live=Parts(query=3.0 * kept * jnp.dtype(dtype).itemsize))
-    found = [
-        _settled(one, limits, m, n, q, scores) for one in alternatives for q in _query_chunks(m)
-    ]
+    found, fit = [], []
+    for one in alternatives:
+        own = [_settled(one, limits, m, n, q, scores) for q in _query_chunks(m)]
+        asked = limits.chunk_size is not None and limits.memory is None
+        room = max(limits.bytes, 2 * min(s.peak for s in own)) if asked else limits.bytes
+        found += own
+        fit += [s for s in own if s.peak <= room]
+    if fit:
+        return min(fit, key=lambda s: s.work)
     least = min(found, key=lambda s: s.peak)
-    bytes = limits.bytes if limits.memory is not None else max(limits.bytes, 2 * least.peak)
-    if least.peak > bytes:
+    if limits.memory is not None:
         alone = "" if limits.chunk_size is None else f" with chunk_size={limits.chunk_size}"
         raise ValueError(
             f"`memory={limits.memory}` bytes do not hold {least_share} share of the work{alone}: that "
             f"takes {least.peak:,.0f}. Use `influence(..., memory={round(least.peak + 1)})` or more"
             f"{', a smaller chunk_size' if alone else ''}, or keep fewer parameters with `restrict`."
         )
-    return min((s for s in found if s.peak <= bytes), key=lambda s: s.work)
+    return least
 
 
 def map_points(block: Callable, n: int, limits: Limits, dtype) -> PyTree[Array]:
