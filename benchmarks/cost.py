@@ -34,7 +34,6 @@ from benchmarks._measure import peak_bytes
 from benchmarks._tasks import MLP, TASKS
 from influx._curvature.kronecker_diagonal import second_moments
 from influx._curvature.kronecker_factors import eigenblock, factors
-from influx._curvature.kronecker_rows import watched
 from influx._gradients import risk_gradient
 
 NETWORKS = "mlp", "cnn", "transformer"
@@ -63,8 +62,8 @@ def least(*calls) -> list[float]:
 def parts_of_fit(curvature, risk, model) -> list[Callable]:
     """Calls for its two passes over the data, and for the eigenvectors between them."""
     first = lambda: factors(curvature.fisher, curvature.sharing, risk, model)
-    pairs = list(zip(watched(risk, model).layers, first()))
-    eigenvectors = lambda: [eigenblock(layer, *pair) for layer, pair in pairs]
+    found = first()
+    eigenvectors = lambda: [eigenblock(*layer) for layer in found]
     blocks = eigenvectors()
     second = lambda: second_moments(curvature.fisher, blocks, risk, model)
     return [first, second, eigenvectors]

@@ -89,8 +89,8 @@ class EmpiricalRisk(eqx.Module):
         return self.predict(self.whole(model), x)
 
     def output_struct(self, model: Model) -> PyTree[jax.ShapeDtypeStruct]:
-        """The shape and dtype of that output. Found once for models and data alike."""
-        return eqx.filter_eval_shape(_output, self, model, take(self.data[0], 0))
+        """The shape and dtype of that output."""
+        return eqx.filter_eval_shape(output_at, self, model, take(self.data[0], 0))
 
     def example_loss(self, model: Model, example: Example) -> Float[Array, ""]:
         """ℓ(z, θ) of one (input, target) pair."""
@@ -123,7 +123,8 @@ class EmpiricalRisk(eqx.Module):
 
 
 @eqx.filter_jit
-def _output(risk: EmpiricalRisk, model: Model, x: PyTree[Array]) -> PyTree[Array]:
+def output_at(risk: EmpiricalRisk, model: Model, x: PyTree[Array]) -> PyTree[Array]:
+    """`risk.output(model, x)`, traced once for models and data alike."""
     return risk.output(model, x)
 
 

@@ -14,7 +14,7 @@ from ._chunks import take
 from ._custom_types import Model
 from ._data import checked_data
 from ._linalg import ravel
-from ._risk import EmpiricalRisk, l2_tree
+from ._risk import EmpiricalRisk, l2_tree, output_at
 
 
 def validate(risk: EmpiricalRisk, model: Model) -> None:
@@ -42,7 +42,8 @@ def validate(risk: EmpiricalRisk, model: Model) -> None:
     l2_tree(risk.l2, eqx.filter(model, eqx.is_inexact_array))
     x, y = take(risk.data, 0)
     output = traced(
-        risk.output,
+        output_at,
+        risk,
         model,
         x,
         what="The model cannot be called on the input",

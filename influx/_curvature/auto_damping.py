@@ -3,11 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.optimize import root_scalar
 
 from .._checks import is_concrete
 from .kronecker import EigenBlock
-
-_HALVINGS = 100
 
 
 def auto_damping(
@@ -35,14 +34,11 @@ def auto_damping(
     )
     data = np.maximum(values - l2, 0)
     dimension = lambda damping: np.sum(data / np.where(data > 0, values + damping, 1))
-    low, high = 0.0, float(np.sum(data)) / points  # there the dimension is at most n
-    if dimension(0.0) > points:
-        for _ in range(_HALVINGS):
-            middle = 0.5 * (low + high)
-            low, high = (middle, high) if dimension(middle) > points else (low, middle)
-        found = high
-    else:
-        found = 0.0
+    found = 0.0
+    if dimension(found) > points:
+        high = float(np.sum(data)) / points  # there the dimension is at most n
+        beyond = lambda damping: dimension(damping) - points
+        found = root_scalar(beyond, bracket=(0.0, high), xtol=np.finfo(float).tiny).root
     least = [(b, least_eigenvalue(b.values, penalty)) for b, penalty in zip(blocks, penalties)]
     short = [limit for b, limit in least if float(np.min(np.asarray(b.values))) + found <= limit]
     return jnp.asarray(max([found, *short]), blocks[0].values.dtype)

@@ -21,7 +21,6 @@ from .ggn import GaussNewton
 from .kronecker import EigenBlock, Kronecker
 from .kronecker_diagonal import penalty_diagonals, second_moments
 from .kronecker_factors import eigenblock, factors
-from .kronecker_rows import watched
 from .low_rank import low_rank
 from .truncated import truncated
 
@@ -73,9 +72,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
         """The blocks of H, undamped, and the part of their eigenvalues that is ∇²Ω's."""
         risk = ruled(risk, self.rules)
         require_array_output(risk, model)
-        pairs = factors(self.fisher, self.sharing, risk, model)
-        layers = watched(risk, model).layers
-        start = [eigenblock(layer, *pair) for layer, pair in zip(layers, pairs)]
+        start = [eigenblock(*found) for found in factors(self.fisher, self.sharing, risk, model)]
         values = self.eigenvalues(risk, model, start)
         penalties = penalty_diagonals(risk, model, start)
         total = [value + penalty for value, penalty in zip(values, penalties)]

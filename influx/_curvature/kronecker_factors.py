@@ -19,7 +19,7 @@ from .kronecker_rows import sum_over_examples, watched
 
 @eqx.filter_jit
 def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, model: Model):
-    """The left and the right factor of each layer: the curvature is left ⊗ right."""
+    """Each layer, its left and its right factor: the curvature is left ⊗ right."""
     watch = watched(risk, model)
 
     def of_block(parts, weights):
@@ -35,7 +35,7 @@ def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, mod
     total = jnp.sum(risk.weights)
     pair = lambda turn, left, right: (_whole(left) / risk.n, _whole(right) / total)[::turn]
     return [
-        _product(layer, [pair(turn, *moments) for turn, moments in zip(_TURNS, own)])
+        (layer, *_product(layer, [pair(turn, *moments) for turn, moments in zip(_TURNS, own)]))
         for layer, own in zip(watch.layers, sums)
     ]
 
