@@ -4,10 +4,11 @@
 
 Passes: the networks of `benchmarks._tasks` on 4,000 images, float32. A gradient pass is ∇J over all
 points, a forward pass all their losses. What of EK-FAC's fit runs over the data, the factors and the
-diagonal in their eigenbasis, is timed apart from the eigenvectors. The times of a row are the least of
-several warm calls that take turns, each after a pause: LAPACK's threads keep a processor busy for some
-time after their work is done, which would be charged to whatever comes next. Within a whole fit there is
-no pause: it takes longer than its parts.
+diagonal in their eigenbasis, is timed apart from the eigenvectors. A time is the least of several warm
+calls in a row, in several rounds that all calls of a row share: the first calls after a pause take up to
+twice as long, and LAPACK's threads keep a processor busy for some time after their work is done, which
+would be charged to whatever comes next. A whole fit does its parts once each, one after the other: it
+takes longer than they do.
 
 Growth: synthetic inputs of 256 features, 256-width-width-10 networks at their initial weights, EK-FAC of
 tolerance 0.05; fit, 64 queries against all n, self-influence, each setting in a process of its own, of
@@ -40,23 +41,22 @@ NETWORKS = "mlp", "cnn", "transformer"
 POINTS = (1_000, 4_000, 16_000, 64_000)
 WIDTHS = (64, 128, 256, 512, 1024)
 FEATURES, QUERIES, TOLERANCE = 256, 64, 0.05
-ROUNDS, PAUSE = 7, 0.2
+ROUNDS, PAUSE, CALLS = 3, 0.3, 6
 
 
 def least(*calls) -> list[float]:
-    """The least time of each call, warm, the calls taking turns."""
-    for call in calls:
-        jax.block_until_ready(eqx.filter(call(), eqx.is_array))
+    """The least time of each call, warm."""
+    return list(np.min([[least_of_a_row(call) for call in calls] for _ in range(ROUNDS)], axis=0))
+
+
+def least_of_a_row(call) -> float:
+    time.sleep(PAUSE)
     times = []
-    for _ in range(ROUNDS):
-        row = []
-        for call in calls:
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            jax.block_until_ready(eqx.filter(call(), eqx.is_array))
-            row.append(time.perf_counter() - start)
-        times.append(row)
-    return list(np.min(times, axis=0))
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        jax.block_until_ready(eqx.filter(call(), eqx.is_array))
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def parts_of_fit(curvature, risk, model) -> list[Callable]:
@@ -75,32 +75,34 @@ def passes(console: Console, name: str) -> None:
     model = task.fitted(risk, 0)
     gradient = eqx.Partial(eqx.filter_jit(risk_gradient), risk, model)
     forward = eqx.Partial(eqx.filter_jit(lambda risk, model: risk.losses(model)), risk, model)
-    table = Table(title=f"passes over {risk.n:,} points, {name}")
-    for column in (
-        "",
-        "milliseconds",
-        "factors",
-        "diagonal",
-        "eigenvectors",
-        "passes over the data",
-        "of kind",
-    ):
-        table.add_column(column)
-    for title, curvature in {
+    fits = {
         "fit, sampled labels": ix.EKFAC("sampled", key=jr.key(0), damping=1e-3),
         "fit, exact, 10 classes": ix.EKFAC(damping=1e-3),
-    }.items():
-        fit = lambda curvature=curvature: curvature.factor(risk, model)
-        *seconds, one = least(fit, *parts_of_fit(curvature, risk, model), gradient)
-        _, first, second, _ = seconds
-        cells = [f"{1e3 * t:.0f}" for t in seconds]
-        table.add_row(title, *cells, f"{(first + second) / one:.2f}", "gradient")
+    }
+    calls = [
+        call
+        for curvature in fits.values()
+        for call in (
+            eqx.Partial(curvature.factor, risk, model),
+            *parts_of_fit(curvature, risk, model),
+        )
+    ]
     f = ix.influence(risk, model, ix.EKFAC(damping=1e-3))
     query = jax.tree_util.tree_map(lambda x: x[:1], task.data()[1])
-    scored, one = least(lambda: f(query), forward)
-    table.add_row(
-        "one query, all points", f"{1e3 * scored:.0f}", "", "", "", f"{scored / one:.2f}", "forward"
-    )
+    *of_fits, one_gradient, scored, one_forward = least(*calls, gradient, lambda: f(query), forward)
+    table = Table(title=f"passes over {risk.n:,} points, {name}")
+    parts = "factors", "diagonal", "eigenvectors"
+    for column in ("", "milliseconds", *parts, "passes over the data", "of kind"):
+        table.add_column(column)
+    shown = lambda seconds: f"{1e3 * seconds:.0f}"
+    for title, seconds in zip(fits, np.reshape(of_fits, (len(fits), -1))):
+        _, first, second, _ = seconds
+        passes = f"{(first + second) / one_gradient:.2f}"
+        table.add_row(title, *map(shown, seconds), passes, "gradient")
+    blank = [""] * len(parts)
+    table.add_row("one query", shown(scored), *blank, f"{scored / one_forward:.2f}", "forward")
+    table.add_row("a gradient pass", shown(one_gradient))
+    table.add_row("a forward pass", shown(one_forward))
     console.print(table)
 
 
