@@ -68,8 +68,8 @@ def influences(risk, model, curvature, queries):
 
 
 def mean_eigenvalue(risk, model) -> float:
-    """That of H: its trace over its size."""
-    blocks = ix.EKFAC(damping=0.0).factor(risk, model).blocks
+    """That of H, undamped: its trace over its size."""
+    blocks = ix.EKFAC(damping=1.0).factor(risk, model).blocks
     total = sum(float(jnp.sum(b.values)) for b in blocks)
     return total / sum(b.values.size for b in blocks)
 
@@ -105,6 +105,9 @@ def contenders(task, risk, models, queries) -> dict:
         'K-FAC, damping="auto"': one(ix.KFAC()),
     }
     mean = mean_eigenvalue(risk, models[0])
+    bare = ix.EmpiricalRisk(risk.data, risk.loss)
+    small = ix.EKFAC(damping=0.1 * mean_eigenvalue(bare, models[0]))
+    scores["EK-FAC, l2 left out, λ = 0.1 × mean"] = influences(bare, models[0], small, queries)
     for factor in GRID:
         scores[f"EK-FAC, λ = {factor:g} × mean"] = one(ix.EKFAC(damping=factor * mean))
     scores["gradient dot product"] = one(ix.Identity())
