@@ -24,7 +24,7 @@ def take(tree: PyTree, indices) -> PyTree:
 @dataclass(frozen=True)
 class Limits:
     """What a user allows: `chunk_size` training points at a time, and `memory` bytes of temporaries;
-    `None` leaves the one to the other, and the other to `BYTE_BUDGET` (for queries beside a chunk that was
+    `None` leaves the one to the other, and the other to `BYTE_BUDGET` (more beside a chunk that was
     asked for: `_engine.choose`)."""
 
     chunk_size: int | None = None
