@@ -97,8 +97,8 @@ def passes(console: Console, name: str) -> None:
     shown = lambda seconds: f"{1e3 * seconds:.0f}"
     for title, seconds in zip(fits, np.reshape(of_fits, (len(fits), -1))):
         _, first, second, _ = seconds
-        passes = f"{(first + second) / one_gradient:.2f}"
-        table.add_row(title, *map(shown, seconds), passes, "gradient")
+        ratio = f"{(first + second) / one_gradient:.2f}"
+        table.add_row(title, *map(shown, seconds), ratio, "gradient")
     blank = [""] * len(parts)
     table.add_row("one query", shown(scored), *blank, f"{scored / one_forward:.2f}", "forward")
     table.add_row("a gradient pass", shown(one_gradient))

@@ -68,7 +68,7 @@ def influences(risk, model, curvature, queries):
 
 
 def mean_eigenvalue(risk, model) -> float:
-    """That of H, undamped: its trace over its size."""
+    """That of H, undamped: its trace over its size (`values` are without any damping)."""
     blocks = ix.EKFAC(damping=1.0).factor(risk, model).blocks
     total = sum(float(jnp.sum(b.values)) for b in blocks)
     return total / sum(b.values.size for b in blocks)

@@ -95,8 +95,8 @@ def influence(
       it trains, here and once, and differentiates that run.
     - `chunk_size`: training points at a time (`Unrolled`: queries); by default what fits `memory`.
     - `memory`: bytes that the temporaries of scoring may take, beside the scores themselves; by default
-      256 MiB, or twice what a given `chunk_size` takes with one query. It bounds queries and training
-      points at a time, not what the curvature takes to be formed. Scores depend on
+      256 MiB, or twice what a given `chunk_size` takes with one query, where that is more. It bounds
+      queries and training points at a time, not what the curvature takes to be formed. Scores depend on
       neither; `plan(f, queries)` prints what was chosen.
 
     **Raises:** `ValueError` where risk and model do not fit (see `EmpiricalRisk`), or the curvature is

@@ -90,7 +90,9 @@ class EmpiricalRisk(eqx.Module):
 
     def output_struct(self, model: Model) -> PyTree[jax.ShapeDtypeStruct]:
         """The shape and dtype of that output."""
-        return eqx.filter_eval_shape(output_at, self, model, take(self.data[0], 0))
+        return eqx.filter_eval_shape(
+            _output, self.predict, self.whole, model, take(self.data[0], 0)
+        )
 
     def example_loss(self, model: Model, example: Example) -> Float[Array, ""]:
         """ℓ(z, θ) of one (input, target) pair."""
@@ -123,9 +125,9 @@ class EmpiricalRisk(eqx.Module):
 
 
 @eqx.filter_jit
-def output_at(risk: EmpiricalRisk, model: Model, x: PyTree[Array]) -> PyTree[Array]:
-    """`risk.output(model, x)`, traced once for models and data alike."""
-    return risk.output(model, x)
+def _output(predict: Callable, whole: Callable, model: Model, x: PyTree[Array]) -> PyTree[Array]:
+    """`risk.output(model, x)`, traced once for models and inputs of the same structure."""
+    return predict(whole(model), x)
 
 
 def l2_tree(l2: PyTree[float], params: PyTree[Array]) -> PyTree[float]:

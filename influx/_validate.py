@@ -14,7 +14,7 @@ from ._chunks import take
 from ._custom_types import Model
 from ._data import checked_data
 from ._linalg import ravel
-from ._risk import EmpiricalRisk, l2_tree, output_at
+from ._risk import EmpiricalRisk, l2_tree
 
 
 def validate(risk: EmpiricalRisk, model: Model) -> None:
@@ -42,8 +42,7 @@ def validate(risk: EmpiricalRisk, model: Model) -> None:
     l2_tree(risk.l2, eqx.filter(model, eqx.is_inexact_array))
     x, y = take(risk.data, 0)
     output = traced(
-        output_at,
-        risk,
+        risk.output,
         model,
         x,
         what="The model cannot be called on the input",
@@ -163,8 +162,7 @@ def check_queries(
 
 def class_logits_shape(risk: EmpiricalRisk, model: Model) -> jax.ShapeDtypeStruct:
     """The shape of one example's class logits; `ValueError` where the loss is no classifier's."""
-    of_input = lambda m, x: risk.loss.class_logits(risk.output(m, x))
-    logits = eqx.filter_eval_shape(of_input, model, take(risk.data[0], 0))
+    logits = eqx.filter_eval_shape(risk.loss.class_logits, risk.output_struct(model))
     if len(getattr(logits, "shape", ())) != 1:
         raise ValueError(
             f"The class logits of one example must be a vector [C], got {logits}. "

@@ -8,6 +8,8 @@ from scipy.optimize import root_scalar
 from .._checks import is_concrete
 from .kronecker import EigenBlock
 
+_STEPS = 1000  # some 50 are taken
+
 
 def auto_damping(
     blocks: list[EigenBlock], penalties: list[Array], weights: Float[Array, " n"]
@@ -38,7 +40,9 @@ def auto_damping(
     if dimension(found) > points:
         high = float(np.sum(data)) / points  # there the dimension is at most n
         beyond = lambda damping: dimension(damping) - points
-        found = root_scalar(beyond, bracket=(0.0, high), xtol=np.finfo(float).tiny).root
+        found = root_scalar(
+            beyond, bracket=(0.0, high), xtol=np.finfo(float).tiny, maxiter=_STEPS
+        ).root
     least = [(b, least_eigenvalue(b.values, penalty)) for b, penalty in zip(blocks, penalties)]
     short = [limit for b, limit in least if float(np.min(np.asarray(b.values))) + found <= limit]
     return jnp.asarray(max([found, *short]), blocks[0].values.dtype)

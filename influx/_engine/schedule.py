@@ -90,17 +90,19 @@ def choose(
     """The cheapest schedule within the limits. `kept` numbers are kept of a query's scores.
 
     A chunk size of the user's, without a memory limit, may take twice what such a chunk takes with one
-    query: else few queries fit beside a large one, and each few take a pass over the training points.
+    query in the way that is chosen: else few queries fit beside a large one, and each few take a pass
+    over the training points.
 
     **Raises:** `ValueError` where a memory limit of the user's holds not even `least_share`.
     """
     # As they come out of the chunks, in their place, and divided by a scale.
     scores = Cost(live=Parts(query=3.0 * kept * jnp.dtype(dtype).itemsize))
+    asked = limits.chunk_size is not None and limits.memory is None
     found, fit = [], []
     for one in alternatives:
         own = [_settled(one, limits, m, n, q, scores) for q in _query_chunks(m)]
-        asked = limits.chunk_size is not None and limits.memory is None
-        room = max(limits.bytes, 2 * min(s.peak for s in own)) if asked else limits.bytes
+        with_one_query = own[-1].peak
+        room = max(limits.bytes, 2 * with_one_query) if asked else limits.bytes
         found += own
         fit += [s for s in own if s.peak <= room]
     if fit:
@@ -143,18 +145,19 @@ def _settled(one: Alternative, limits, m: int, n: int, q: int, scores: Cost) -> 
         live = live.plus(piece.cost.live)
     held = live.query - passing
     most = n if one.whole else MOST_POINTS
-    b, p = _points(held, live, limits, n, q, most), _prepared(held, passing, limits, q)
+    b = _points(held, live, limits, n, q, most)
+    of_points = b * (live.point + q * live.pair)
+    p = _prepared(passing, max(of_points, limits.bytes - q * held), q)
     rows = tuple(Row(r.paths, r.way, r.flops(m, n, q), r.moved(m, n, q, b)) for r in pieces)
     total = sum(row.flops + BALANCE * row.bytes for row in rows)
     total += _STEP * len(pieces) * (-(-m // q) * -(-n // b) + -(-m // p))
     scorer = one.settle(tuple(r.way for r in chosen), b)
-    peak = live.fixed + q * held + max(p * passing, b * (live.point + q * live.pair))
+    peak = live.fixed + q * held + max(p * passing, of_points)
     return Schedule(scorer, q, p, b, rows, total, peak)
 
 
-def _prepared(held: float, passing: float, limits: Limits, q: int) -> int:
-    """How many queries are prepared at a time (at least one)."""
-    room = limits.bytes - q * held
+def _prepared(passing: float, room: float, q: int) -> int:
+    """How many queries are prepared at a time (at least one): before the points, in the same room."""
     return even_length(q, max(1, int(room // max(1.0, passing))))
 
 

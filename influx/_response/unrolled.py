@@ -113,8 +113,10 @@ class TrainingRun(AbstractResponse):
             lambda *_: self, (Piece(("all parameters",), "backwards through the run", cost),)
         )
         kept = max(1, m.size) * kept
-        schedule = choose((way,), limits, queries, self.risk.n, kept, m.dtype)
-        if limits.chunk_size is not None:  # of queries: training points are never in chunks here
+        # Chunks are of queries: training points are never in any here.
+        points = replace(limits, chunk_size=None)
+        schedule = choose((way,), points, queries, self.risk.n, kept, m.dtype)
+        if limits.chunk_size is not None:
             at_once = min(schedule.queries, even_length(queries, limits.chunk_size))
             schedule = replace(schedule, queries=at_once)
         return self, schedule

@@ -50,7 +50,8 @@ class Rows(NamedTuple):
         right = jnp.broadcast_to(self.right, (k, *self.right.shape[1:]))
         if k == 1:
             return einsum("kstl,kstr->kslr", self.left, right)
-        # Of many small products XLA makes quick work where a row of the left one lies in one piece.
+        # XLA is quicker at many small products where a row of the left one lies in one piece. For one
+        # cotangent an example that does not pay for the transposition.
         return einsum("kslt,kstr->kslr", self.left.swapaxes(2, 3), right)
 
 
