@@ -89,7 +89,7 @@ class EmpiricalRisk(eqx.Module):
         return self.predict(self.whole(model), x)
 
     def output_struct(self, model: Model) -> PyTree[jax.ShapeDtypeStruct]:
-        """The shape and dtype of that output."""
+        """The shape and dtype of `output(model, x)` for a training input x: traced, not computed."""
         return eqx.filter_eval_shape(
             _output, self.predict, self.whole, model, take(self.data[0], 0)
         )

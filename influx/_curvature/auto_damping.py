@@ -8,7 +8,7 @@ from scipy.optimize import root_scalar
 from .._checks import is_concrete
 from .kronecker import EigenBlock
 
-_STEPS = 1000  # some 50 are taken
+_STEPS = 1000  # more than bisection to the last digit takes
 
 
 def auto_damping(
