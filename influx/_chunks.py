@@ -17,6 +17,11 @@ def leading_length(tree: PyTree) -> int:
     return jtu.tree_leaves(tree)[0].shape[0]
 
 
+def row_struct(tree: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
+    """The shape and dtype of one row."""
+    return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
+
+
 def take(tree: PyTree, indices) -> PyTree:
     return jtu.tree_map(lambda x: x[indices], tree)
 

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax
-import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._checks import check_chunk, check_memory
-from ._chunks import Limits, chunked_map, leading_length, map_blocks, take
+from ._chunks import Limits, chunked_map, leading_length, map_blocks, row_struct, take
 from ._curvature import AbstractCurvature, Hessian, check_curvature
 from ._custom_types import Model, Scores
 from ._effect import AbstractEffect, Derivative, SecondOrder
@@ -153,7 +152,7 @@ def scheduled(
 
     `kept` numbers are kept of each component's scores, n by default. Nothing but shapes is looked at.
     """
-    query = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), queries)
+    query = row_struct(queries)
     kept = f.risk.n if kept is None else kept
     limits = f.response.limits if limits is None else limits
     if f.masks is not None and f.order == 2:

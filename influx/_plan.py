@@ -3,7 +3,7 @@
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
-from ._chunks import leading_length, take
+from ._chunks import leading_length, row_struct
 from ._influence import Influence, check_influence, scheduled
 
 
@@ -110,7 +110,7 @@ def plan(f: Influence, queries: PyTree[Array]) -> Plan:
     columns = n if f.masks is None else len(f.masks)
     joint = f.masks is not None and f.order == 2  # then a group is what is scored, not a point
     rows = tuple(Step(row.paths, row.way, row.flops, row.bytes) for row in schedule.rows)
-    value = eqx.filter_eval_shape(f.measurement, f.risk, f.model, take(queries, 0))
+    value = eqx.filter_eval_shape(f.measurement, f.risk, f.model, row_struct(queries))
     return Plan(
         rows, schedule.queries, schedule.points, (m, columns if joint else n), schedule.peak,
         f.response.limits.bytes, float(m * max(1, value.size) * columns * value.dtype.itemsize),

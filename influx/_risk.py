@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ._chunks import take
+from ._chunks import row_struct
 from ._custom_types import Example, Model, Scalar
 from ._data import checked_data, checked_l2, checked_weights
 from ._linalg import ravel
@@ -90,9 +90,8 @@ class EmpiricalRisk(eqx.Module):
 
     def output_struct(self, model: Model) -> PyTree[jax.ShapeDtypeStruct]:
         """The shape and dtype of `output(model, x)` for a training input x: traced, not computed."""
-        return eqx.filter_eval_shape(
-            _output, self.predict, self.whole, model, take(self.data[0], 0)
-        )
+        x = row_struct(self.data[0])
+        return eqx.filter_eval_shape(_output, self.predict, self.whole, model, x)
 
     def example_loss(self, model: Model, example: Example) -> Float[Array, ""]:
         """ℓ(z, θ) of one (input, target) pair."""

@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from ._checks import is_concrete
-from ._chunks import take
+from ._chunks import row_struct
 from ._custom_types import Model
 from ._data import checked_data
-from ._linalg import ravel
 from ._risk import EmpiricalRisk, l2_tree
 
 
@@ -32,15 +31,15 @@ def validate(risk: EmpiricalRisk, model: Model) -> None:
         )
     _check_layers(risk.whole(model))
     _check_parameters(model)
-    theta, _ = ravel(model)
+    dtype = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))[0].dtype
     for path, leaf in jtu.tree_leaves_with_path(risk.data):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype != theta.dtype:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype != dtype:
             raise ValueError(
-                f"The parameters are {theta.dtype} but the data leaf {jtu.keystr(path)} is "
-                f"{leaf.dtype}: convert one, e.g. by `.astype(jnp.{theta.dtype})`."
+                f"The parameters are {dtype} but the data leaf {jtu.keystr(path)} is "
+                f"{leaf.dtype}: convert one, e.g. by `.astype(jnp.{dtype})`."
             )
     l2_tree(risk.l2, eqx.filter(model, eqx.is_inexact_array))
-    x, y = take(risk.data, 0)
+    x, y = row_struct(risk.data)
     output = traced(
         risk.output,
         model,
@@ -56,7 +55,7 @@ def validate(risk: EmpiricalRisk, model: Model) -> None:
         what="The loss cannot be called on one output and the target",
         remedy="`loss(output, target)` sees one example, without the leading axis of examples.",
     )
-    _check_scalar(value, theta.dtype)
+    _check_scalar(value, dtype)
 
 
 def traced(fn: Callable, *args, what: str, remedy: str) -> PyTree:

@@ -19,7 +19,7 @@ from .base import AbstractCurvature, least_penalty
 from .fisher import Fisher
 from .ggn import GaussNewton
 from .kronecker import EigenBlock, Kronecker
-from .kronecker_diagonal import penalty_diagonals, second_moments
+from .kronecker_diagonal import second_moments, with_penalty
 from .kronecker_factors import eigenblock, factors
 from .low_rank import low_rank
 from .truncated import truncated
@@ -74,10 +74,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
         require_array_output(risk, model)
         start = [eigenblock(*found) for found in factors(self.fisher, self.sharing, risk, model)]
         values = self.eigenvalues(risk, model, start)
-        penalties = penalty_diagonals(risk, model, start)
-        total = [value + penalty for value, penalty in zip(values, penalties)]
-        whole = [eqx.tree_at(lambda b: b.values, b, value) for b, value in zip(start, total)]
-        return whole, penalties
+        return with_penalty(risk, model, start, values)
 
     def matvec(self, risk, model):
         return Kronecker.of(model, self.blocks(risk, model)[0], self.rules).matvec

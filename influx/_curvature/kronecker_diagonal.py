@@ -1,5 +1,7 @@
 """The diagonal of a layer's curvature in its eigenbasis: what EK-FAC corrects, and what l2 adds."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,15 @@ from .kronecker_rows import sum_over_examples, watched
 
 
 @eqx.filter_jit
-def penalty_diagonals(risk: EmpiricalRisk, model, blocks):
+def with_penalty(risk: EmpiricalRisk, model, blocks, values):
+    """The blocks of the whole of H, `values` being the eigenvalues of the data part; and what ∇²Ω adds
+    to them."""
+    penalties = _penalty_diagonals(risk, model, blocks)
+    whole = [replace(b, values=v + p) for b, v, p in zip(blocks, values, penalties)]
+    return whole, penalties
+
+
+def _penalty_diagonals(risk: EmpiricalRisk, model, blocks):
     """The diagonal of ∇²Ω in the eigenbasis: Σ Q_l² l2 Q_r², l2 itself where it is one number."""
     parts = Kronecker.of(model, blocks, ()).split(risk.l2_vector(model))
     square = lambda q: None if q is None else jnp.square(q)

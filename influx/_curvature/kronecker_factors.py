@@ -110,7 +110,8 @@ def _counts(places, weights, width: int):
 def eigenblock(layer: Layer, left, right) -> EigenBlock:
     (ql, vl), (qr, vr) = (_eigen(x, dense) for x, dense in zip((left, right), layer.dense))
     values = vl[:, :, None] * vr[:, None, :]
-    return EigenBlock(layer, ql, qr, values, jnp.zeros((), values.dtype), (vl, vr))
+    parts = ql, qr, values, np.zeros((), values.dtype), (vl, vr)
+    return EigenBlock(layer, *jax.device_put(parts))  # `jnp.asarray` compiles for each shape
 
 
 def _eigen(factor, dense: bool):
@@ -125,4 +126,4 @@ def _eigen(factor, dense: bool):
         values, basis = jnp.linalg.eigh(factor)
         return basis, jnp.maximum(values, 0)
     values, basis = np.linalg.eigh(np.asarray(factor, np.float64))
-    return jnp.asarray(basis, factor.dtype), jnp.asarray(np.maximum(values, 0), factor.dtype)
+    return basis.astype(factor.dtype), np.maximum(values, 0).astype(factor.dtype)

@@ -1,7 +1,7 @@
 """The inverse eigenvalues of a layer as a sum of few products, so that scores are as well."""
 
 import equinox as eqx
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -34,8 +34,7 @@ def low_rank(block: EigenBlock, tolerance: float) -> EigenBlock:
     rank = saving[0]
     p = (left[..., :rank] * sigma[:, None, :rank]).swapaxes(1, 2) / s[:, None, :]
     q = right[:, :rank] / t[:, None, :]
-    dtype = block.values.dtype
-    terms = jnp.asarray(p, dtype), jnp.asarray(q, dtype)
+    terms = jax.device_put(tuple(x.astype(block.values.dtype) for x in (p, q)))
     return eqx.tree_at(lambda b: b.terms, block, terms, is_leaf=lambda x: x is None)
 
 

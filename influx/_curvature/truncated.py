@@ -3,7 +3,7 @@
 import math
 
 import equinox as eqx
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -30,7 +30,7 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
     enough = [size for size in _sizes(weights.size) if size >= count]
     if not enough:  # to pick more than half of them would cost more than they save
         return block
-    kept = jnp.asarray(np.sort(order[: enough[-1]]), jnp.int32)
+    kept = jax.device_put(np.sort(order[: enough[-1]]).astype(np.int32))
     return eqx.tree_at(lambda b: b.kept, block, kept, is_leaf=lambda x: x is None)
 
 

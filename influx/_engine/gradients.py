@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._chunks import Limits, chunked_map, take
+from .._chunks import Limits, chunked_map, row_struct, take
 from .._cost import Cost, Parts, cost_of
 from .._gradients import example_gradient, map_gradients
 from .._linalg import dot, ravel
@@ -23,7 +23,7 @@ class PerExample(AbstractScoring):
 
     def alternatives(self, response, measurement, query):
         k, solved = _gradient_and_solve(response, measurement, query)
-        one, like = take(response.risk.data, 0), _rows_like(response, k)
+        one, like = row_struct(response.risk.data), _rows_like(response, k)
         score = lambda rows, z: dot(rows, example_gradient(response.risk, response.model, z))
         cost = cost_of(score, like, one)
         gradients = Piece(_paths(response), "per-example gradients", cost, _bytes(like))
@@ -111,7 +111,7 @@ def forward_columns(response, solved, indices, limits: Limits, points: int | Non
 def forward_piece(response, k: int) -> Piece:
     """What these cost, for k directions a query."""
     directions = jax.eval_shape(jax.vmap(_directions(response)), _rows_like(response, k))
-    cost = cost_of(_along(response), directions, take(response.risk.data, 0))
+    cost = cost_of(_along(response), directions, row_struct(response.risk.data))
     return Piece(_paths(response), "forward mode", cost, _bytes(directions))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._chunks import Limits, chunked_map, map_blocks, take
+from .._chunks import Limits, chunked_map, map_blocks, row_struct, take
 from .._cost import Cost, cost_of
 from .._curvature import EigenBlock, Kronecker
 from .._linalg import einsum
@@ -125,7 +125,7 @@ class Layered(AbstractScoring):
 
     def alternatives(self, response, measurement, query):
         of_query, of_loss = _measurement_rows(response, measurement), _loss_rows(response)
-        one = take(response.risk.data, 0)
+        one = row_struct(response.risk.data)
         m, z = jax.eval_shape(of_query, query), jax.eval_shape(of_loss, one)
         both = cost_of(lambda q, z: (of_query(q), of_loss(z)), query, one)
         rows = "activations and output gradients"
@@ -193,7 +193,7 @@ class Layered(AbstractScoring):
 
     def _own_chunk(self, response, rows_of) -> int:
         """Training points at a time where each is its own query."""
-        one = jax.eval_shape(rows_of, take(response.risk.data, 0))
+        one = jax.eval_shape(rows_of, row_struct(response.risk.data))
         blocks = _kronecker(response).blocks
         items = sum(4 * (row.left.size + row.right.size) for row in one)
         items += sum(2 * b.layer.size for b, row in zip(blocks, one) if not row.is_rank_one)
