@@ -58,8 +58,12 @@ def chunked_map(fn, xs: PyTree, chunk: int) -> PyTree:
     return map_blocks(lambda i: jax.vmap(fn)(take(xs, i)), leading_length(xs), chunk)
 
 
-def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
-    """`sum(fn(block) for block in blocks of xs)`, `fn` taking rows [b, ...] and answering a sum."""
+def chunked_sum(fn, xs: PyTree, chunk: int, *, compensated: bool = False) -> PyTree:
+    """`sum(fn(block) for block in blocks of xs)`, `fn` taking rows [b, ...] and answering a sum.
+
+    `compensated`: what adding a block rounds off is added with the next (Kahan's summation), so that the
+    error does not grow with the number of blocks; the sum is held twice.
+    """
     n = leading_length(xs)
     if chunk >= n:
         return fn(xs)
@@ -69,11 +73,20 @@ def chunked_sum(fn, xs: PyTree, chunk: int) -> PyTree:
     zeros = lambda struct: jnp.zeros(struct.shape, struct.dtype)
     start = jtu.tree_map(zeros, jax.eval_shape(fn, take(blocks, 0)))
     inside = channels_last(fn)
-    add = lambda total, block: (jtu.tree_map(jnp.add, total, inside(block)), None)
-    total, _ = jax.lax.scan(add, start, blocks)
+    step = lambda sums, block: (_add(sums[0], sums[1], inside(block)), None)
+    (total, lost), _ = jax.lax.scan(step, (start, start if compensated else None), blocks)
     if full * size < n:
-        total = jtu.tree_map(jnp.add, total, fn(take(xs, slice(full * size, None))))
+        total, _ = _add(total, lost, fn(take(xs, slice(full * size, None))))
     return total
+
+
+def _add(total: PyTree, lost: PyTree | None, more: PyTree) -> tuple[PyTree, PyTree | None]:
+    """total + more, and what rounding loses of it where `lost`, what it lost before, is kept."""
+    if lost is None:
+        return jtu.tree_map(jnp.add, total, more), None
+    more = jtu.tree_map(jnp.add, more, lost)
+    new = jtu.tree_map(jnp.add, total, more)
+    return new, jtu.tree_map(lambda m, after, before: m - (after - before), more, new, total)
 
 
 def even_length(n: int, chunk: int) -> int:

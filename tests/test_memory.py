@@ -4,9 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
 import influx as ix
+from influx._chunks import chunked_sum
 from influx._curvature.diagonal import _diagonal
 from influx._curvature.ggn import gauss_newton_matrix
 from influx._curvature.hessian import _hessian_matrix
@@ -101,6 +103,17 @@ def test_the_diagonal_of_a_tied_table_stays_within_the_byte_budget(monkeypatch):
     blocks = [eigenblock(*found) for found in factors(fisher, "expand", risk, model)]
     fit = lambda risk, model: second_moments(fisher, blocks, risk, model)
     assert temporaries(fit, risk, model) <= 4 * BUDGET
+
+
+def test_a_compensated_sum_rounds_as_if_there_were_one_block():
+    """A thousand blocks added one after the other lose several times as much."""
+    x = jr.uniform(jr.key(0), (100_003, 5), jnp.float32)
+    truth = np.sum(np.asarray(x, np.float64), axis=0)
+    block = lambda rows: jnp.sum(rows, axis=0)
+    off = lambda got: np.max(np.abs(np.asarray(got, np.float64) / truth - 1))
+    unit = np.finfo(np.float32).eps
+    assert off(jax.jit(lambda x: chunked_sum(block, x, 100, compensated=True))(x)) < 2 * unit
+    assert off(jax.jit(lambda x: chunked_sum(block, x, 100))(x)) > 4 * unit
 
 
 @pytest.mark.parametrize("path", DENSE)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 import influx as ix
 from influx import _influence as influence
-from influx._chunks import even_length
-from influx._cost import cost_of
-from influx._engine import gradients, layered
+from influx._chunks import BYTE_BUDGET, Limits, even_length
+from influx._cost import Cost, Parts, cost_of
+from influx._engine import choose, gradients, layered
+from influx._engine.schedule import Alternative, Piece
 from influx._influence import _scores
 from tests import helpers
 
@@ -262,3 +263,25 @@ def test_a_chunk_beyond_the_byte_budget_does_not_take_queries_one_by_one(monkeyp
     plan = ix.plan(ix.influence(risk, model, ix.EKFAC(damping=1e-2), chunk_size=300), queries)
     assert plan.peak_bytes > 2**19
     assert plan.queries > 1
+
+
+# Bytes: next to nothing, some, and more than the budget for one.
+BYTES = st.sampled_from([0.0, 8.0, 1e3, 1e6, 3e8])
+
+
+@settings(max_examples=300)
+@given(
+    live=st.builds(Parts, BYTES, BYTES, BYTES, BYTES),
+    passing=st.sampled_from([0.0, 0.5, 1.0]),
+    m=st.sampled_from([1, 2, 7, 1000]),
+    n=st.sampled_from([1, 300, 4000]),
+    chunk_size=st.sampled_from([1, 100, 10**6]),
+)
+def test_a_chunk_takes_at_most_twice_what_it_takes_with_one_query(live, passing, m, n, chunk_size):
+    """Unless the byte budget is more."""
+    piece = Piece(("all",), "a way", Cost(live=live), passing=passing * live.query)
+    way = Alternative(lambda ways, points: None, (piece,))
+    chosen = lambda m: choose((way,), Limits(chunk_size), m, n, 0, np.float32)
+    many, one = chosen(m), chosen(1)
+    assert many.points == one.points == even_length(n, chunk_size)
+    assert many.peak <= max(BYTE_BUDGET, 2 * one.peak)

@@ -168,6 +168,13 @@ def test_nothing_depends_on_chunk_size(chunk_size):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize(("chunk_size", "queries"), [(None, 6), (1, 1), (4, 3), (100, 6)])
+def test_a_chunk_of_a_run_is_one_of_queries(chunk_size, queries):
+    risk, model, held = problem()
+    f = ix.influence(risk, model, ix.Unrolled(MOMENTUM), chunk_size=chunk_size)
+    assert ix.plan(f, held).queries == queries
+
+
 def test_a_restricted_run_moves_the_kept_parameters_only():
     risk, model, queries = problem()
     small, part = ix.restrict(risk, model, lambda m: m.layers[-1])
