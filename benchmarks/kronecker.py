@@ -27,12 +27,6 @@ from rich.table import Table
 
 from benchmarks._tasks import TASKS
 
-# Of 100, 250, 500 and 1,000 for either: what was fastest for the peer on two cores.
-BATCHES = {
-    "mlp": ("--batch", "500", "--query-batch", "500"),
-    "cnn": ("--batch", "500", "--query-batch", "500"),
-    "transformer": ("--batch", "500", "--query-batch", "500"),
-}
 TOLERANCE = "0.05"
 DAMPINGS = ("1e-3", "1e-5")
 FISHER = {"mlp": "exact", "cnn": "sampled", "transformer": "sampled"}
@@ -88,7 +82,7 @@ def closeness(got, want) -> list[str]:
 def costs(console: Console, source: Path) -> dict:
     """The table of times and memory; influx's answers by tolerance."""
     rounds, fisher = ("--rounds", "2"), ("--fisher", FISHER[source.stem])
-    peer = cost(run("_kronfluence", source, *BATCHES[source.stem], *rounds))
+    peer = cost(run("_kronfluence", source, *rounds))
     answers = {
         tolerance: run("_influx_kronecker", source, *fisher, "--tolerance", tolerance, *rounds)
         for tolerance in (TOLERANCE, "0")
@@ -129,7 +123,7 @@ def agreements(console: Console, source: Path, answers: dict) -> None:
                 "--no-self",
             )
             ours = run("_influx_kronecker", source, *same, "--l2", "0", "--tracked")
-            theirs = run("_kronfluence", source, *same, *BATCHES[source.stem])
+            theirs = run("_kronfluence", source, *same)
             name = f"influx, and kronfluence: {strategy}, empirical, λ = {damping}"
             table.add_row(name, *closeness(ours["scores"], -theirs["scores"]))
     console.print(table)

@@ -25,7 +25,7 @@ from scipy.stats import rankdata
 
 import influx as ix
 from benchmarks._tasks import TASKS
-from benchmarks.kronecker import BATCHES, run, save
+from benchmarks.kronecker import run, save
 
 MASKS, QUERIES, RETRAININGS, SEEDS = 40, 200, 2, 5
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -121,7 +121,7 @@ def peers(source: Path) -> dict:
     found = {}
     for strategy in ("kfac", "ekfac"):
         settings = "--strategy", strategy, "--measurement", "margin", "--no-self"
-        answer = run("_kronfluence", source, *settings, *BATCHES.get(source.stem, ()))
+        answer = run("_kronfluence", source, *settings)
         found[f"kronfluence, {strategy}, its heuristic"] = -answer["scores"]
     return found
 

@@ -15,9 +15,10 @@ import jax.random as jr
 
 import influx as ix
 from benchmarks._tasks import TASKS
-from influx._chunks import chunked_map, take
+from influx._chunks import map_blocks, take
+from influx._cost import BALANCE
 from influx._engine import ForwardMode, choose
-from influx._influence import _scores, scheduled
+from influx._influence import _scores, prepared_queries, scheduled
 
 QUERIES = 1000
 
@@ -50,7 +51,7 @@ def whole(name: str, f, queries) -> None:
     """All pairs: predicted against measured."""
     plan = ix.plan(f, queries)
     took = seconds(f, *fresh(queries, QUERIES))
-    work = plan.flops + 27 * plan.bytes
+    work = plan.flops + BALANCE * plan.bytes
     print(f"\n{name}\n{plan}")
     print(
         f"{took:.2f} s, {plan.flops / took / 1e9:.0f} Gflop/s ({work / took / 1e9:.0f} with bytes); "
@@ -72,8 +73,9 @@ def forced(f, queries, forward: bool):
 
     @eqx.filter_jit
     def run(g, queries):
-        one = lambda q: g.effect.columns(g, g.effect.prepare(g, q), None)
-        return chunked_map(one, queries, schedule.queries)
+        one = lambda prepared: g.effect.columns(g, prepared, None)
+        block = lambda i: jax.vmap(one)(prepared_queries(g, schedule, take(queries, i)))
+        return map_blocks(block, m, schedule.queries)
 
     return lambda q: run(ready, q), schedule.work
 

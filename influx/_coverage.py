@@ -45,7 +45,7 @@ def coverage(f: Influence) -> Coverage:
     |---|---|
     | `"Kronecker"` | G ⊗ A, a weight and its bias together |
     | `"Kronecker, one-hot input"` | the same for look-ups: A is a diagonal of counts |
-    | `"… diagonal output factor"` | a side of more than 4,096 keeps the diagonal of its factor |
+    | `"… diagonal input factor"` (or `output`) | a side of more than 4,096: the diagonal of its factor |
     | `"exact"` | the matrix's own block: parameters of at most 1,024 entries used in any other way |
     | `"diagonal"` | the diagonal of that block, where it is larger |
     | `"unused"` | the output does not depend on it: its block is l2 |

@@ -109,11 +109,11 @@ def influence(
     """
     limits = Limits(check_chunk(chunk_size), check_memory(memory))
     if isinstance(curvature, Unrolled):
-        validate(risk, model)
+        risk = validate(risk, model)
         response = TrainingRun(risk, model, curvature.trainer, limits=limits)
     else:
         check_curvature(curvature)
-        validate(risk, model)
+        risk = validate(risk, model)
         response = Implicit(risk, model, curvature, limits=limits)
     return Influence(response, Loss(), Unscaled(), Derivative(), None)
 

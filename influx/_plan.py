@@ -23,8 +23,9 @@ class Plan(eqx.Module):
     - `rows`: the steps, layer by layer where layers are scored by themselves
     - `queries`, `training_points`: how many are worked on at a time, of `shape` [m, n] in all; under
       `groups(f, masks, order=2)` groups take the place of training points (`columns` says so)
-    - `peak_bytes`: an estimate of the temporaries, kept below `memory`; the scores themselves,
-      `score_bytes`, come on top
+    - `peak_bytes`: an estimate of the temporaries: below `memory` where that was given, else below the
+      256 MiB of the default, or what one query and one chunk need at least where that is more (twice
+      that under a `chunk_size`); the scores themselves, `score_bytes`, come on top
     """
 
     rows: tuple[Step, ...]

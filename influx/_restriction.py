@@ -103,7 +103,7 @@ def restrict(risk: EmpiricalRisk, model: Model, where: Where) -> tuple[Empirical
     **Source:** Koh & Liang, "Understanding Black-box Predictions via Influence Functions",
     arXiv:1703.04730, for the last layer; the bound is this project's (P9).
     """
-    validate(risk, model)
+    risk = validate(risk, model)
     if isinstance(where, eqx.Module) or not callable(where):
         raise ValueError(
             f"`where` must be a function that selects a part of the model, as in "

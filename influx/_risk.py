@@ -81,7 +81,7 @@ class EmpiricalRisk(eqx.Module):
 
     def with_weights(self, weights: Float[Array, " n"]) -> "EmpiricalRisk":
         """The same risk under other data weights."""
-        weights = checked_weights(weights, self.data)
+        weights = checked_weights(weights, self.data).astype(self.weights.dtype)
         return eqx.tree_at(lambda risk: risk.weights, self, weights)
 
     def output(self, model: Model, x: PyTree[Array]) -> PyTree[Array]:

@@ -16,8 +16,11 @@ from ._data import checked_data
 from ._risk import EmpiricalRisk, l2_tree
 
 
-def validate(risk: EmpiricalRisk, model: Model) -> None:
+def validate(risk: EmpiricalRisk, model: Model) -> EmpiricalRisk:
     """Everything about a risk and a model together that can be wrong before work starts.
+
+    **Returns:** the risk, its weights in the parameters' dtype: inputs that are whole numbers, such as
+    tokens, do not say which that is.
 
     **Raises:** `ValueError` naming the cause: no parameters, NaN or infinity in a parameter (which
     leaf), several dtypes, layers whose output for one example depends on others or on chance, a model
@@ -56,6 +59,7 @@ def validate(risk: EmpiricalRisk, model: Model) -> None:
         remedy="`loss(output, target)` sees one example, without the leading axis of examples.",
     )
     _check_scalar(value, dtype)
+    return eqx.tree_at(lambda r: r.weights, risk, risk.weights.astype(dtype))
 
 
 def traced(fn: Callable, *args, what: str, remedy: str) -> PyTree:

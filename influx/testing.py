@@ -103,7 +103,7 @@ def check(
     if trainer is not None:
         check_trainer(trainer)
     require_concrete("check", risk, model)
-    validate(risk, model)
+    risk = validate(risk, model)
     indices = _drawn(risk, model, points, seed)
     laws = _problem_laws(risk, model, indices, seed)
     if all(law.status != "BROKEN" for law in laws):

@@ -6,10 +6,14 @@ STATEMENT
         F = (1/n) Σᵢ wᵢ Σ_r vec(Σ_t g_tr a_tᵀ) vec(·)ᵀ;
     K-FAC's is G⊗A with G = (1/n) Σ wᵢ Σ_tr g gᵀ, A = (1/(w̄T)) Σ wᵢ Σ_t a aᵀ, w̄ = Σ wᵢ. All undamped.
     (a) One datum, no sharing: G⊗A = F for any layer and loss. So EK-FAC is exact too.
-    (b) A network of linear layers only, squared error, any data: G⊗A = F for every layer.
+    (b) A network of linear layers only, each applied once an example, squared error, any data: G⊗A = F
+        for every layer.
     (c) Shared places: where each place has an output and a squared error of its own (or the layer is
         called twice, on two inputs), "expand" is exact for a linear layer; where outputs are averaged
         over places, "reduce" is exact. The other of the two is not.
+    (c') One W of l by r used as W a and as Wᵀ b, an output of each, squared error: EK-FAC is exact;
+        K-FAC has F's partial traces, and is exact where the second moments of a, or of b, are a multiple
+        of I.
     (d) EK-FAC, Q diag(Λ) Qᵀ with Q = Q_G⊗Q_A and Λ = diag(QᵀFQ), is the nearest to F in Frobenius norm
         of all matrices with eigenvectors Q: ‖F − EK-FAC‖ ≤ ‖F − K-FAC‖; its trace is F's.
     (e) The terms p, q that stand for R = 1/(Λ + l2 + λ) leave out at most the share `tolerance`:
@@ -52,8 +56,9 @@ PROOF
         Hessian in them: the last sum has a factor 0 in every term. ∎
 
 CHECK
-    The library's operators as dense matrices, against F from Jacobians in NumPy. (a)–(c) to rounding,
-    with λ = 0.02, far below the median of the spectrum, and l2 by leaf (its diagonal in the eigenbasis).
+    The library's operators as dense matrices, against F from Jacobians in NumPy. (a)–(c') to rounding,
+    with λ = 0.02, far below the median of the spectrum, and one l2 a layer. With an l2 of each leaf's
+    own EK-FAC is that of NumPy: l2 enters by its diagonal in the eigenbasis.
 
 SOURCE
     (a), (b), (c): F. Dangel et al., "Kronecker-factored Approximate Curvature (KFAC) From Scratch",
@@ -171,7 +176,7 @@ def against_numpy(problem, subject) -> dict[str, float]:
         ),
         "nearer": above(distance["ekfac"], distance["kfac"], size=np.linalg.norm(F)),
         "trace": gap(np.trace(got["ekfac"]), np.trace(F)),
-        "trace of l2": gap(np.trace(uneven - damped), np.trace(fisher(problem))),
+        "l2 by leaf": gap(uneven - damped, kronecker.ekfac(problem)),
     }
 
 
@@ -407,7 +412,7 @@ def terms(problem, subject) -> dict[str, float]:
     for block in subject.factor(risk, model, "ekfac", **settings).blocks:
         if block.terms is None:
             continue
-        s, t = (np.asarray(x)[0] for x in block.scales)
+        s, t = (np.asarray(x)[0] for x in block.factor_values)
         weigh = lambda R, s=s, t=t: s[:, None] * R * t[None, :]
         R = 1 / (np.asarray(block.values)[0] + problem.damping)
         p, q = (np.asarray(x)[0] for x in block.terms)
@@ -505,6 +510,7 @@ MUTANTS = {
     "empirical for exact": settings_changed(fisher="empirical"),
     "one sampled label for all": settings_changed(fisher="sampled", key=jr.key(0)),
     "weights ignored": replace(SUBJECT, seen=mutants.unweighted),
+    "one l2 for a weight and its bias": replace(SUBJECT, seen=lambda p: replace(p, l2=_even(p))),
     "Ω left out": replace(SUBJECT, seen=lambda p: replace(p, l2=0 * p.l2)),
     "reduce for expand": settings_changed(sharing="reduce"),
     "expand for reduce": settings_changed(sharing="expand"),

@@ -124,6 +124,9 @@ def test_unknown_fishers_are_refused():
         ix.Fisher("sampled")
     with pytest.raises(ValueError, match="`draws` must be a whole number, at least 1"):
         ix.Fisher("sampled", key=jr.key(0), draws=0)
+    for kind in ("exact", "empirical"):
+        with pytest.raises(ValueError, match=rf"'{kind}' draws nothing: leave out `draws=4`"):
+            ix.Fisher(kind, draws=4)
     quartic = ix.CustomLoss(lambda o, y: jnp.sum((o - y) ** 4))
     risk = ix.EmpiricalRisk((jnp.ones((3, 4)), jnp.zeros((3, 3))), quartic)
     with pytest.raises(ValueError, match="CustomLoss has no exact Fisher"):

@@ -1199,11 +1199,12 @@ def _error(trigger) -> Exception:
     return caught.value
 
 
-def test_a_loss_that_overflows_is_refused_by_its_curvature():
+@pytest.mark.parametrize("curvature", [ix.Hessian(), ix.KFAC("empirical"), ix.EKFAC("empirical")])
+def test_a_loss_that_overflows_is_refused_by_its_curvature(curvature):
     root = ix.CustomLoss(lambda o, t: jnp.sum(jnp.sqrt(jnp.square(o))))
     still = jtu.tree_map(jnp.zeros_like, linear_model())
     with pytest.raises(ValueError, match=r"NaN or infinite entries: .*log\(0\), 0/0 or sqrt\(0\)"):
-        ix.influence(risk(loss=root), still)
+        ix.influence(risk(loss=root), still, curvature)
 
 
 def test_a_fisher_of_a_loss_without_a_distribution_is_refused():

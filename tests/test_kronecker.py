@@ -5,6 +5,7 @@ Their matrices are held against NumPy in `test_curvature.py` and in P13; here, w
 
 import functools
 import re
+import warnings
 
 import equinox as eqx
 import jax
@@ -525,12 +526,55 @@ def test_no_recompilation_over_damping_and_no_change_on_a_second_call():
     risk, model, queries = problem()
     first = ix.influence(risk, model, ix.EKFAC(damping=0.1))
     before = first(queries)
-    count = eqx.filter_jit(lambda f, q: f(q))
+    traces = []
+
+    @eqx.filter_jit
+    def scores(f, queries):
+        traces.append(f)
+        return f(queries)
+
     assert np.array_equal(before, first(queries))
     other = ix.influence(risk, model, ix.EKFAC(damping=0.2))
-    assert jax.tree_util.tree_structure(first) == jax.tree_util.tree_structure(other)
     assert np.max(np.abs(other(queries) - before)) > 1e-3 * np.max(np.abs(before))
-    np.testing.assert_allclose(count(first, queries), before, rtol=1e-12)
+    for f in (first, other, first):
+        np.testing.assert_allclose(scores(f, queries), f(queries), rtol=1e-12)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("curvature", [ix.GaussNewton(damping=0.1), ix.EKFAC(damping=0.1)])
+def test_whole_numbers_as_inputs_leave_the_dtype_to_the_model(curvature):
+    risk, model, queries = problem("tokens")
+    assert not any(eqx.is_inexact_array(x) for x in jax.tree_util.tree_leaves(risk.data))
+    want = ix.influence(risk, model, curvature)(queries)
+    f = ix.influence(risk, float32(model), curvature)
+    assert (
+        f.risk.weights.dtype == f.risk.with_weights(jnp.ones(risk.n)).weights.dtype == jnp.float32
+    )
+    got = f(queries)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+class Idle(eqx.Module):
+    """A layer, and parameters that the output does not depend on."""
+
+    layer: eqx.nn.MLP
+    idle: jax.Array
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+def test_a_layer_without_gradients_has_terms_as_well():
+    risk, model, queries = problem()
+    idle = Idle(model, jnp.ones((40, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tolerance in (0.0, 0.1):
+            curvature = ix.EKFAC(damping=0.1, tolerance=tolerance)
+            got = ix.influence(risk, idle, curvature)(queries)
+            want = ix.influence(risk, model, curvature)(queries)
+            np.testing.assert_allclose(got, want, rtol=1e-9)
 
 
 REFUSED = {

@@ -116,6 +116,26 @@ def test_a_compensated_sum_rounds_as_if_there_were_one_block():
     assert off(jax.jit(lambda x: chunked_sum(block, x, 100))(x)) > 4 * unit
 
 
+class Bag(eqx.Module):
+    """The mean of many rows of a table of more."""
+
+    table: jax.Array
+
+    def __call__(self, ids):
+        return jnp.mean(self.table[ids], axis=0)
+
+
+def test_the_diagonal_of_many_look_ups_stays_within_the_byte_budget(monkeypatch):
+    """Which of them are the same is T × T numbers an example."""
+    monkeypatch.setattr("influx._chunks.BYTE_BUDGET", 4 * BUDGET)
+    ids, y = jr.randint(jr.key(1), (64, 500), 0, 1000), jr.randint(jr.key(2), (64,), 0, 4)
+    risk, model = ix.EmpiricalRisk((ids, y), ix.SoftmaxCrossEntropy()), Bag(jnp.ones((1000, 4)))
+    fisher = ix.Fisher("empirical")
+    blocks = [eigenblock(*found) for found in factors(fisher, "expand", risk, model)]
+    fit = lambda risk, model: second_moments(fisher, blocks, risk, model)
+    assert temporaries(fit, risk, model) <= 4 * BUDGET
+
+
 @pytest.mark.parametrize("path", DENSE)
 def test_matrices_are_built_within_the_byte_budget(path, monkeypatch):
     """All columns at once would take more than four budgets for the hidden layer alone."""

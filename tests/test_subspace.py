@@ -356,6 +356,15 @@ def test_the_lower_end_lies_below_the_spectrum(member):
 
 
 @ALL
+def test_the_lower_end_of_blocks_lies_below_each(member):
+    """Of an approximation a block's end may lie below that of the whole."""
+    p, risk, model, _ = wide()
+    curvature = ix.BlockDiagonal(MEMBERS[member](GGN, 3))
+    lowest = np.linalg.eigvalsh(matrix_of(curvature, risk, model))[0] + LAMBDA
+    assert p.penalty.min() + LAMBDA - 1e-9 <= curvature.lower_end(risk, model) <= lowest + 1e-12
+
+
+@ALL
 def test_float32_stays_float32(member):
     p, risk, model, _ = wide()
     single = lambda tree: jtu.tree_map(

@@ -42,7 +42,8 @@ class Arnoldi(AbstractCurvature):
     influence through smaller eigenvalues.
 
     **Dropped:** how the eigenvalues outside V differ from each other. Exact where rank = P, or all
-    eigenvalues of F but `rank` are equal (0, say). Without complement exact where rank = P only.
+    eigenvalues of F but `rank` are equal and not negative (0, say) and `steps` exceeds `rank`. Without
+    complement exact where rank = P only.
 
     **Arguments:**
 

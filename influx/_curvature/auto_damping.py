@@ -21,8 +21,8 @@ def auto_damping(
     decides of its own fit. The rule allows one direction a point, and takes what the curvature claims
     beyond that for l2's or nobody's. It is a rule of thumb: with K outputs n points may decide up to nK
     directions, and a weight of 2 counts as one point. Where l2 alone keeps the dimension below n, λ is
-    0. Only a block that l2 leaves singular to rounding (`least_eigenvalue`) is damped beyond the rule,
-    by that number.
+    0. Where that leaves a block singular to rounding (l2 = 0 on a part of it), λ, one for all blocks, is
+    that block's `rounding_floor`.
     """
     if not is_concrete((blocks, penalties, weights)):
         raise ValueError(
@@ -43,18 +43,20 @@ def auto_damping(
         found = root_scalar(
             beyond, bracket=(0.0, high), xtol=np.finfo(float).tiny, maxiter=_STEPS
         ).root
-    least = [(b, least_eigenvalue(b.values, penalty)) for b, penalty in zip(blocks, penalties)]
+    least = [(b, rounding_floor(b.values, penalty)) for b, penalty in zip(blocks, penalties)]
     short = [limit for b, limit in least if float(np.min(np.asarray(b.values))) + found <= limit]
     return jnp.asarray(max([found, *short]), blocks[0].values.dtype)
 
 
-def least_eigenvalue(values: Float[Array, "S l r"], penalty: Float[Array, "S l r"]) -> float:
+def rounding_floor(
+    values: Float[Array, "S l r"], penalty: Float[Array, "S l r"], units: int = 32
+) -> float:
     """What every eigenvalue of a block that can be inverted exceeds: 0 where l2 > 0 on all of it, which
-    bounds them from below; else 32 units of rounding of the largest, as what a zero may come out.
+    bounds them from below; else so many units of rounding of the largest, as what a zero may come out.
 
     A solve in the eigenbasis divides by each eigenvalue by itself, so that no condition number enters.
     """
     l2, unit = np.asarray(penalty, np.float64), float(jnp.finfo(values.dtype).eps)
     if np.min(l2) > 32 * unit * np.max(l2):  # what rounding leaves of an l2 = 0 is none
         return 0.0
-    return 32 * unit * float(np.max(np.asarray(values)))
+    return units * unit * float(np.max(np.asarray(values)))

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Int
 
 from .._custom_types import Model
-from .._linalg import ravel
 from .._restriction import restrict, selected
 from .base import AbstractCurvature, AbstractFactored, check_curvature
 from .hessian import Hessian
@@ -30,19 +29,8 @@ class BlockDiagonal(AbstractCurvature):
         return self.curvature.damping
 
     def matvec(self, risk, model):
-        theta, _ = ravel(model)
-        parts = [
-            (indices, self.curvature.matvec(*restrict(risk, model, where)))
-            for indices, where in layers(model)
-        ]
-
-        def matvec(v):
-            out = jnp.zeros_like(theta)
-            for indices, block in parts:
-                out = out.at[indices].set(block(v[indices]))
-            return out
-
-        return matvec
+        of_block = lambda where: self.curvature.matvec(*restrict(risk, model, where))
+        return _blockwise([(indices, of_block(where)) for indices, where in layers(model)])
 
     def factor(self, risk, model):
         return Blocks(
@@ -53,7 +41,7 @@ class BlockDiagonal(AbstractCurvature):
         )
 
     def lower_end(self, risk, model):
-        return self.curvature.lower_end(risk, model)
+        return _lower_end(risk, model, [(where, self.curvature) for _, where in layers(model)])
 
     def newton_steps(self, risk, model, factored, jacobian):
         return None
@@ -113,15 +101,7 @@ class Mixture(AbstractCurvature):
 
     def matvec(self, risk, model):
         pieces = self._selected(model)
-        parts = [(i, c.matvec(*restrict(risk, model, where))) for i, where, c in pieces]
-
-        def matvec(v):
-            out = jnp.zeros_like(v)
-            for indices, part in parts:
-                out = out.at[indices].set(part(v[indices]))
-            return out
-
-        return matvec
+        return _blockwise([(i, c.matvec(*restrict(risk, model, where))) for i, where, c in pieces])
 
     def factor(self, risk, model):
         return Blocks(
@@ -132,12 +112,28 @@ class Mixture(AbstractCurvature):
         )
 
     def lower_end(self, risk, model):
-        pieces = self._selected(model)
-        ends = [c.lower_end(*restrict(risk, model, where)) for _, where, c in pieces]
-        return None if None in ends else min(end for end in ends if end is not None)
+        return _lower_end(risk, model, [(where, c) for _, where, c in self._selected(model)])
 
     def newton_steps(self, risk, model, factored, jacobian):
         return None
+
+
+def _blockwise(parts: list[tuple[Int[np.ndarray, " p"], Callable]]) -> Callable:
+    """The product with a matrix of blocks, from those with each."""
+
+    def matvec(v):
+        out = jnp.zeros_like(v)
+        for indices, part in parts:
+            out = out.at[indices].set(part(v[indices]))
+        return out
+
+    return matvec
+
+
+def _lower_end(risk, model, parts: list[tuple[Callable, AbstractCurvature]]) -> float | None:
+    """The least of the parts' ends: of an approximation, a block's may lie below that of the whole."""
+    ends = [curvature.lower_end(*restrict(risk, model, where)) for where, curvature in parts]
+    return None if None in ends else min(end for end in ends if end is not None)
 
 
 class Block(eqx.Module):
@@ -174,15 +170,7 @@ class Blocks(AbstractFactored):
 
     @property
     def matvec(self):
-        parts = [(block.indices, block.factored.matvec) for block in self.blocks]
-
-        def matvec(v):
-            out = jnp.zeros_like(v)
-            for indices, part in parts:
-                out = out.at[indices].set(part(v[indices]))
-            return out
-
-        return matvec
+        return _blockwise([(block.indices, block.factored.matvec) for block in self.blocks])
 
     @property
     def solve_flops(self):

@@ -56,8 +56,8 @@ class CG(AbstractIterative):
 
     Without one M is the identity. The limit is A⁻¹v whatever M is: what M gets wrong costs steps, not
     accuracy. `Nystrom` removes the large eigenvalues, on which plain CG spends its steps. `EKFAC` is
-    cheaper to have, and helps where scales differ within layers and `rtol` is tight; where most
-    eigenvalues are l2 + λ, it spreads them and takes *more* steps than none.
+    cheaper to have, and helped where inputs differ in scale and `rtol` was tight; where most
+    eigenvalues are l2 + λ, it spreads them and may take *more* steps than none.
 
     **Arguments:**
 
@@ -74,7 +74,7 @@ class CG(AbstractIterative):
     steps, and for a preconditioner that is no fixed linear map (`CG`, `MINRES`, `Neumann`) or inverts on
     a subspace only (`Projected`). A solve that does not meet its tolerance is an error, not a number.
 
-    **Cost:** a product a step and three more: 4–8 gradients of J each for a Hessian, 2.5–4 for a
+    **Cost:** 1.1 products a step and three more: 4–8 gradients of J each for a Hessian, 2.5–4 for a
     Gauss–Newton matrix; with a preconditioner, its factorization once and a solve of it a step. Choose
     it where P² does not fit; `diagnose` counts the steps, with and without the preconditioner.
 

@@ -27,15 +27,16 @@ class Fisher(AbstractMatrixCurvature):
     """The Fisher matrix by name, plus diag(l2).
 
     - `"exact"`: (1/n) Σ wᵢ E_{y ~ p(·|xᵢ)}[∇ℓ ∇ℓᵀ], the expectation summed over all targets. For a
-      plain negative log-likelihood it is the Gauss–Newton matrix; class weights enter it squared, and a
-      mean over T places as 1/T²: `GaussNewton` is the one whose inverse influence takes.
+      negative log-likelihood in its natural parameters (Martens, arXiv:1412.1193), as influx's own
+      losses are, it is the Gauss–Newton matrix; class weights enter it squared, and a mean over T
+      places as 1/T²: `GaussNewton` is the one whose inverse influence takes.
     - `"sampled"`: the same expectation over `draws` targets drawn with `key`.
     - `"empirical"`: (1/n) Σ wᵢ gᵢgᵢᵀ at the given targets. It is no approximation of the Hessian
       away from a good fit (Kunstner, Balles & Hennig, arXiv:1905.12558).
 
-    **Raises:** `ValueError` for an unknown kind, `"sampled"` without a key, a loss that is no negative
-    log-likelihood (but for `"empirical"`), a singular matrix, and P² numbers that this machine cannot
-    hold.
+    **Raises:** `ValueError` for an unknown kind, `"sampled"` without a key, `draws` of another, a loss
+    that is no negative log-likelihood (but for `"empirical"`), a singular matrix, and P² numbers that
+    this machine cannot hold.
 
     **Cost:** one example gradient a target, O(nKP²) (`"exact"`), O(n·draws·P²) or O(nP²) to build; O(P²)
     memory, O(P³) to factor.
@@ -63,6 +64,11 @@ class Fisher(AbstractMatrixCurvature):
         self.kind, self.damping = kind, check_damping(damping)
         self.key = None if key is None else check_key("key", key)
         self.draws = check_whole("draws", draws)
+        if kind != "sampled" and self.draws > 1:
+            raise ValueError(
+                f'`draws` are those of the kind "sampled", and {kind!r} draws nothing: leave out '
+                f'`draws={draws}`, or use "sampled" with a `key`.'
+            )
 
     def matvec(self, risk, model):
         if self.kind == "exact":

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import equinox as eqx
@@ -14,7 +15,7 @@ from .._custom_types import Model, Scalar, ScalarLike
 from .._jacobian import require_array_output
 from .._risk import EmpiricalRisk
 from .._taps import Rules, check_rules, checked_rules, ruled
-from .auto_damping import auto_damping, least_eigenvalue
+from .auto_damping import auto_damping, rounding_floor
 from .base import AbstractCurvature, least_penalty
 from .fisher import Fisher
 from .ggn import GaussNewton
@@ -86,7 +87,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
             damping = auto_damping(blocks, penalties, risk.weights)
         else:
             damping = jnp.asarray(self.damping, blocks[0].values.dtype)
-        blocks = [eqx.tree_at(lambda b: b.damping, block, damping) for block in blocks]
+        blocks = [replace(block, damping=damping) for block in blocks]
         for block, penalty in zip(blocks, penalties):
             _check_positive(block, penalty)
         if self.tolerance > 0:
@@ -112,8 +113,9 @@ class KFAC(AbstractKroneckerFactored):
         G = (1/n) Σᵢ wᵢ Σ_u Σ_t g_t g_tᵀ,   A = (1/w̄) Σᵢ wᵢ (1/T) Σ_t a_t a_tᵀ,   H = G ⊗ A + diag(l2).
 
     **Dropped:** all that couples layers, and within a layer what couples activations with output
-    gradients. Exact for one datum where W is applied once, and for deep linear networks with squared
-    error (P13). l2 that differs within a layer enters by its diagonal in the eigenbasis.
+    gradients; of a factor of more than 4,096 rows, such as a large table's, all but its diagonal. Exact,
+    where W is applied once an example, for one datum and for linear networks with squared error (P13).
+    l2 that differs within a layer enters by its diagonal in the eigenbasis.
 
     **Tied with its transpose:** where the program uses W and Wᵀ (an autoencoder, a table that reads and
     writes tokens) each use τ has a pair of its own, and G ⊗ A is the product with the partial traces of
@@ -123,12 +125,13 @@ class KFAC(AbstractKroneckerFactored):
 
     - `fisher`: the cotangents u. `"ggn"`: of the Gauss–Newton matrix, as above. Those of a Fisher matrix
       (see `Fisher`) are gradients of the loss: `"exact"` at all targets of the model's own distribution,
-      `"sampled"` at `draws` of them drawn with `key`, `"empirical"` at the given targets. For a plain
-      negative log-likelihood, "exact" is the same matrix as "ggn" at the same cost; class weights enter
-      it squared, and a mean over T places as 1/T², where the Hessian of such a loss has weights and 1/T.
+      `"sampled"` at `draws` of them drawn with `key`, `"empirical"` at the given targets. For influx's
+      own losses, "exact" is the same matrix as "ggn" at the same cost; class weights enter it squared,
+      and a mean over T places as 1/T², where the Hessian of such a loss has weights and 1/T.
     - `damping`: λ of H + λI, or `"auto"`: the least λ at which the effective dimension
-      tr F(F + diag l2 + λI)⁻¹ is at most n: one direction a point, a rule of thumb (K outputs may
-      decide up to nK), held to retraining in `docs/how-to-choose.md`.
+      tr F(F + diag l2 + λI)⁻¹ is at most n: one direction a point, a rule of thumb (a point of K
+      outputs, at T places KT, may decide as many), held to retraining in `docs/how-to-choose.md`. Never
+      less than the rounding of eigenvalues that l2 leaves at 0.
     - `tolerance`: relative root mean square error aimed at for a layer's scores, 0 for none: layers
       are then scored at the coordinates of their eigenbasis that outweigh l2 and damping, or, applied
       once an example, by few products of small matrices (P13e), whichever takes fewer products.
@@ -137,19 +140,21 @@ class KFAC(AbstractKroneckerFactored):
       of `relative` stay exact.
     - `sharing`: `"expand"` takes places of a shared W as independent; `"reduce"` takes the mean
       activation and the summed gradient instead (cheaper, for features that are averaged later).
+      Look-ups in a table are expanded either way.
     - `rules`: {layer type: fn(layer, *args)} for layers whose program influx cannot read, such as custom
       kernels: fn computes the same with plain products. See `docs/extending.md`.
 
     Layers are found in the program, not by their names: matrix products, convolutions, look-ups, their
     biases, sharing by `vmap` or `scan`, tied weights. Parameters of at most 1,024 entries that enter in
-    any other way get the exact block of their own. `coverage` lists what each parameter gets.
+    any other way get the exact block of their own, larger ones its diagonal. `coverage` lists what each
+    parameter gets.
 
     **Raises:** `ValueError` for a parameter that no rule covers, a singular block, an unknown setting,
     or a loss that is no negative log-likelihood with `"exact"`; `RuntimeError` for one whose Hessian in
     the output is not positive semi-definite with `"ggn"`.
 
-    **Cost:** one pass over the data with as many backward passes as cotangents: C − 1 for C classes, as
-    many as outputs for other losses, `draws`, or one; O(l³ + r³) a layer.
+    **Cost:** one pass over the data with as many backward passes as cotangents: C − 1 for C classes, at
+    each place that has some, as many as outputs for other losses, `draws`, or one; O(l³ + r³) a layer.
 
     **Source:** Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate
     Curvature", arXiv:1503.05671; Grosse & Martens (convolutions), arXiv:1602.01407; Eschenhagen et
@@ -211,8 +216,8 @@ def _check_positive(block: EigenBlock, penalty) -> None:
     if not is_concrete((block, penalty)):
         return
     low = float(np.min(np.asarray(block.values))) + float(block.damping)
-    # Eigenvalues of EK-FAC are sums of squares: rounding keeps those that are 0 above it.
-    if not low > least_eigenvalue(block.values, penalty) / 32:
+    # "auto" lifts what is 0 to 32 units of rounding: only a damping of the user's can be below one.
+    if not low > rounding_floor(block.values, penalty, units=1):
         raise ValueError(
             f"The curvature of {' and '.join(block.layer.paths)} is singular: its smallest eigenvalue "
             f"is {low:.3g}. Use a positive damping, or an l2 > 0 on every parameter."

@@ -19,9 +19,9 @@ from .base import AbstractFactored
 class EigenBlock(eqx.Module):
     """H of one layer: (Q_l ⊗ Q_r) diag(values) (Q_l ⊗ Q_r)ᵀ on matrices [S, l, r], ∇²Ω contained.
 
-    A basis of `None` is the identity. `scales` are the eigenvalues of the two factors: the mean squares
-    of the gradients' factors in the eigenbasis. Scores take 1/(values + λ) as it is, or, within a
-    `tolerance`, by `terms`, weights p, q [S, ρ, ·] with Σ_ρ p ⊗ q near it, or only at the coordinates
+    A basis of `None` is the identity. `factor_values` are the eigenvalues of the two factors: the mean
+    squares of the gradients' factors in the eigenbasis. Scores take 1/(values + λ) as it is, or, within
+    a `tolerance`, by `terms`, weights p, q [S, ρ, ·] with Σ_ρ p ⊗ q near it, or only at the coordinates
     `kept` of the S·l·r.
     """
 
@@ -30,7 +30,7 @@ class EigenBlock(eqx.Module):
     right: Float[Array, "S r r"] | None
     values: Float[Array, "S l r"]
     damping: Float[Array, ""]
-    scales: tuple[Float[Array, "S l"], Float[Array, "S r"]]
+    factor_values: tuple[Float[Array, "S l"], Float[Array, "S r"]]
     terms: tuple[Float[Array, "S k l"], Float[Array, "S k r"]] | None = None
     kept: Int[Array, " c"] | None = None
 

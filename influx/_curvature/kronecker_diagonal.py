@@ -28,15 +28,8 @@ def _penalty_diagonals(risk: EmpiricalRisk, model, blocks):
     """The diagonal of ∇²Ω in the eigenbasis: Σ Q_l² l2 Q_r², l2 itself where it is one number."""
     parts = Kronecker.of(model, blocks, ()).split(risk.l2_vector(model))
     square = lambda q: None if q is None else jnp.square(q)
-    bases = lambda b: (b.left, b.right)
-    return [
-        eqx.tree_at(bases, b, (square(b.left), square(b.right)), is_leaf=_is_none).rotate(part)
-        for b, part in zip(blocks, parts)
-    ]
-
-
-def _is_none(x) -> bool:
-    return x is None
+    squared = [replace(b, left=square(b.left), right=square(b.right)) for b in blocks]
+    return [b.rotate(part) for b, part in zip(squared, parts)]
 
 
 @eqx.filter_jit
@@ -51,9 +44,11 @@ def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, mo
     def alive(layer, parts):
         rows = jax.eval_shape(layer.rows, parts)
         joined = 3 * (rows.left.size + rows.right.size) if len(parts) > 1 else 0
-        if rows.indexed or rows.is_rank_one:
+        if rows.is_rank_one:
             return joined
-        return joined + 2 * rows.left.shape[0] * layer.size
+        if _is_short(layer, rows):
+            return joined + 2 * rows.left.shape[0] * layer.size
+        return joined + rows.left.size + rows.right.shape[-2] * rows.right.shape[-1] ** 2
 
     totals = sum_over_examples(squares, fisher, risk, watched(risk, model), alive)
     return [total / risk.n for total in totals]
@@ -61,15 +56,20 @@ def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, mo
 
 def _squares(block: EigenBlock, rows: Rows, weights):
     """Σ wᵢ (Q_lᵀ (Σ_t left ⊗ right) Q_r)² over examples and cotangents, [S, l, r]."""
-    if rows.indexed:
+    if rows.indexed and not _is_short(block.layer, rows):
         return _squares_of_table(block.layer, block.rotate_rows(rows), weights)
-    if rows.left.shape[-2] == 1 and rows.right.shape[1] == 1:
+    if rows.is_rank_one:
         rows = block.rotate_rows(rows)
         left = jnp.sum(jnp.square(rows.left[:, :, :, 0]), axis=1)  # [b, S, l]
         right = jnp.square(rows.right[:, 0, :, 0])
         return einsum("b,bsl,bsr->slr", weights, left, right)
     gradients = jax.vmap(block.gradient)(rows)
     return einsum("b,bkslr,bkslr->slr", weights, gradients, gradients)
+
+
+def _is_short(layer: Layer, rows: Rows) -> bool:
+    """Whether gradients are formed: always, but for a table of more rows than a datum looks up."""
+    return not rows.indexed or layer.shape[2] <= rows.right.shape[-1]
 
 
 def _squares_of_table(layer: Layer, rows: Rows, weights):

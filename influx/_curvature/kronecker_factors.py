@@ -16,6 +16,9 @@ from .ggn import GaussNewton
 from .kronecker import EigenBlock
 from .kronecker_rows import sum_over_examples, watched
 
+# The parts of a layer's rows: places that see the matrix [S, l, r] as it is, and [S, r, l] transposed.
+_TURNS = (1, -1)
+
 
 @eqx.filter_jit
 def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, model: Model):
@@ -31,7 +34,8 @@ def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, mod
             for layer, own in zip(watch.layers, parts)
         ]
 
-    sums = sum_over_examples(of_block, fisher, risk, watch)
+    # Compensated: eigenvectors of small eigenvalues turn with the factors' last digits.
+    sums = sum_over_examples(of_block, fisher, risk, watch, compensated=True)
     total = jnp.sum(risk.weights)
     pair = lambda turn, left, right: (_whole(left) / risk.n, _whole(right) / total)[::turn]
     return [
@@ -43,10 +47,6 @@ def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, mod
 def _whole(moment: list[Array] | Array) -> Array:
     """A factor that was summed in strips, or one that was not."""
     return from_strips(moment) if isinstance(moment, list) else moment
-
-
-# The parts of a layer's rows: places that see the matrix [S, l, r] as it is, and [S, r, l] transposed.
-_TURNS = (1, -1)
 
 
 def _product(layer: Layer, pairs):
@@ -70,7 +70,8 @@ def _trace(factor, dense: bool) -> Float[Array, " S"]:
 
 
 def _shared(rows: Rows, sharing: str) -> Rows:
-    """Places where a matrix is shared: each by itself, or as one (K-FAC-reduce)."""
+    """Places where a matrix is shared: each by itself, or as one (K-FAC-reduce). Look-ups are each by
+    itself either way: a mean of one-hot rows is none, and would have a factor as large as the table."""
     if sharing == "expand" or rows.indexed:
         return rows
     left = jnp.sum(rows.left, axis=-2, keepdims=True)
@@ -108,6 +109,12 @@ def _counts(places, weights, width: int):
 
 
 def eigenblock(layer: Layer, left, right) -> EigenBlock:
+    if is_concrete((left, right)) and not all(np.isfinite(x).all() for x in (left, right)):
+        raise ValueError(
+            f"The Kronecker factors of {' and '.join(layer.paths)} have NaN or infinite entries: an "
+            "output, or a derivative of the loss, is NaN or overflows at this model. Check `predict` "
+            "and the loss for log(0), 0/0 or sqrt(0)."
+        )
     (ql, vl), (qr, vr) = (_eigen(x, dense) for x, dense in zip((left, right), layer.dense))
     values = vl[:, :, None] * vr[:, None, :]
     parts = ql, qr, values, np.zeros((), values.dtype), (vl, vr)
@@ -117,8 +124,8 @@ def eigenblock(layer: Layer, left, right) -> EigenBlock:
 def _eigen(factor, dense: bool):
     """The basis and the eigenvalues of one factor; rounding's negative ones are zeros.
 
-    In float64 whatever the factor's dtype: in float32 eigenvectors of close eigenvalues mix, which moves
-    EK-FAC's scores by some thousandths.
+    In float64 whatever the factor's dtype, but under a trace: in float32 eigenvectors of close
+    eigenvalues mix, which moves EK-FAC's scores by some thousandths.
     """
     if not dense:
         return None, factor

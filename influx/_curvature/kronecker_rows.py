@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._chunks import chunk_length, chunked_sum, take
+from .._chunks import chunk_length, chunked_sum, row_struct
 from .._custom_types import Model
 from .._risk import EmpiricalRisk
 from .._taps import Layer, Rows, Uncovered, Watched
@@ -29,7 +29,7 @@ def watched(risk: EmpiricalRisk, model: Model) -> Watched:
 
     **Raises:** `ValueError` naming a parameter that no rule covers.
     """
-    watch = Watched(lambda m, x: risk.output(m, x), model, take(risk.data[0], 0))
+    watch = Watched(lambda m, x: risk.output(m, x), model, row_struct(risk.data[0]))
     if watch.uncovered:
         raise ValueError(_uncovered(watch.uncovered))
     return watch
@@ -52,10 +52,11 @@ def sum_over_examples(
     risk: EmpiricalRisk,
     watch: Watched,
     alive: Callable[[Layer, Parts], int] = lambda layer, parts: 0,
+    *,
+    compensated: bool = False,
 ) -> Total:
     """Σ `of_block(parts, weights)` over blocks of examples, `parts` the rows of their gradients for the
-    Fisher's cotangents, layer by layer. Compensated: K-FAC's eigenvectors of small eigenvalues turn with
-    the last digits of its factors.
+    Fisher's cotangents, layer by layer.
 
     `alive`: how many numbers of an example `of_block` holds for a layer, beside three times its parts.
     """
@@ -68,11 +69,11 @@ def sum_over_examples(
         data, i, weights = args
         return of_block(jax.vmap(parts)(data, i), weights)
 
-    one = jax.eval_shape(parts, take(risk.data, 0), 0)
+    one = jax.eval_shape(parts, row_struct(risk.data), 0)
     items = sum(x.size for x in jtu.tree_leaves(one))
     others = sum(alive(layer, own) for layer, own in zip(watch.layers, one))
     dtype = risk.weights.dtype
     cached = max(1, _CACHED // (items * dtype.itemsize))
     chunk = min(_MOST, cached, chunk_length(3 * items + others, dtype))
     examples = risk.data, jnp.arange(risk.n), risk.weights
-    return chunked_sum(block, examples, chunk, compensated=True)
+    return chunked_sum(block, examples, chunk, compensated=compensated)

@@ -1,6 +1,7 @@
 """The inverse eigenvalues of a layer as a sum of few products, so that scores are as well."""
 
-import equinox as eqx
+from dataclasses import replace
+
 import jax
 import numpy as np
 from jaxtyping import Float
@@ -23,7 +24,7 @@ def low_rank(block: EigenBlock, tolerance: float) -> EigenBlock:
     program.
     """
     _, l, r = block.layer.shape
-    s, t = (_away_from_zero(np.asarray(x, np.float64)) for x in block.scales)
+    s, t = (_away_from_zero(np.asarray(x, np.float64)) for x in block.factor_values)
     R = 1 / (np.asarray(block.values, np.float64) + float(block.damping))
     weighted = s[:, :, None] * R * t[:, None, :]
     left, sigma, right = np.linalg.svd(weighted, full_matrices=False)
@@ -35,16 +36,17 @@ def low_rank(block: EigenBlock, tolerance: float) -> EigenBlock:
     p = (left[..., :rank] * sigma[:, None, :rank]).swapaxes(1, 2) / s[:, None, :]
     q = right[:, :rank] / t[:, None, :]
     terms = jax.device_put(tuple(x.astype(block.values.dtype) for x in (p, q)))
-    return eqx.tree_at(lambda b: b.terms, block, terms, is_leaf=lambda x: x is None)
+    return replace(block, terms=terms)
 
 
 def _rank(sigma: Float[np.ndarray, "S k"], tolerance: float) -> int:
-    squares = np.square(sigma)
-    tails = np.cumsum(squares[:, ::-1], axis=1)[:, ::-1] / np.sum(squares, axis=1, keepdims=True)
-    enough = np.max(tails, axis=0) <= tolerance**2  # enough[k]: what stands from k on may go
-    return int(np.argmax(enough)) if enough.any() else sigma.shape[1]
+    left = np.cumsum(np.square(sigma)[:, ::-1], axis=1)[:, ::-1]  # left[k]: what stands from k on
+    enough = np.all(left <= tolerance**2 * left[:, :1], axis=0)
+    return max(1, int(np.argmax(enough))) if enough.any() else sigma.shape[1]
 
 
 def _away_from_zero(scale: np.ndarray) -> np.ndarray:
-    """Directions that no training point has still get weights of a moderate size."""
-    return scale + 1e-6 * np.max(scale, axis=1, keepdims=True)
+    """Directions that no training point has still get weights of a moderate size, all the same where
+    there is none that one has."""
+    largest = np.max(scale, axis=1, keepdims=True)
+    return scale + np.where(largest > 0, 1e-6 * largest, 1)

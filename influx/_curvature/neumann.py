@@ -15,8 +15,8 @@ class Neumann(AbstractIterative):
 
     θ is the largest Ritz value of 20 Lanczos steps with H + λI: measured, so that there is no scale to
     guess, and λ is λ (in most implementations of LiSSA it is multiplied by the scale). A Ritz value lies
-    below the norm; with the factor 1.1 the iteration converges as long as it is above 0.45 of it, which
-    fails with a chance below 10⁻⁸.
+    below the norm; with the factor 1.1 the iteration converges as long as it is above 1/2.2 of it, which
+    fails with a chance of at most 2·10⁻⁸ up to a billion parameters.
 
     **Arguments:**
 

@@ -1,8 +1,8 @@
 """The inverse eigenvalues of a layer at few coordinates, so that scores are sums over those."""
 
 import math
+from dataclasses import replace
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Float
@@ -31,7 +31,7 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
     if not enough:  # to pick more than half of them would cost more than they save
         return block
     kept = jax.device_put(np.sort(order[: enough[-1]]).astype(np.int32))
-    return eqx.tree_at(lambda b: b.kept, block, kept, is_leaf=lambda x: x is None)
+    return replace(block, kept=kept)
 
 
 def _sizes(size: int) -> list[int]:

@@ -24,8 +24,8 @@ class AbstractScoring(eqx.Module):
     ```
 
     with V [k, P] the gradients of the components of m and G [n, P] those of the training losses. It
-    holds to rounding, and for K-FAC and EK-FAC to their `tolerance`. Training points are taken
-    `points` at a time (`None`: what the limits allow).
+    holds to rounding, but for what a `tolerance` of K-FAC or EK-FAC leaves out. Training points are
+    taken `points` at a time, which a schedule settles.
     """
 
     limits: eqx.AbstractVar[Limits]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._chunks import Limits, chunked_map, row_struct, take
+from .._chunks import Limits, chunked_map, leading_length, row_struct, take
 from .._cost import Cost, Parts, cost_of
 from .._gradients import example_gradient, map_gradients
 from .._linalg import dot, ravel
@@ -83,7 +83,7 @@ class ForwardMode(AbstractScoring):
 
     def columns(self, response, prepared, indices):
         _, solved = prepared
-        return forward_columns(response, solved, indices, self.limits, self.points)
+        return forward_columns(response, solved, indices, self.points)
 
     def quadratic(self, response, prepared):
         return PerExample(self.limits).quadratic(response, prepared)
@@ -98,14 +98,13 @@ def _solved(response, measurement, query):
     return rows, response.solve(rows)
 
 
-def forward_columns(response, solved, indices, limits: Limits, points: int | None):
+def forward_columns(response, solved, indices, points: int | None):
     """−∇ℓᵢ · v for each row v of `solved`: the products of forward mode."""
     data = response.risk.data if indices is None else take(response.risk.data, indices)
     directions = jax.vmap(_directions(response))(solved)
     along = _along(response)
-    # Activations, not gradients, are what a chunk holds.
-    points = points or limits.rows(4096, solved.dtype)
-    return -jnp.transpose(chunked_map(lambda z: along(directions, z), data, points))
+    count = leading_length(data)
+    return -jnp.transpose(chunked_map(lambda z: along(directions, z), data, points or count))
 
 
 def forward_piece(response, k: int) -> Piece:

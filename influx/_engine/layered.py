@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._chunks import Limits, chunked_map, map_blocks, row_struct, take
+from .._chunks import Limits, map_blocks, row_struct, take
 from .._cost import Cost, cost_of
 from .._curvature import EigenBlock, Kronecker
 from .._linalg import einsum
@@ -18,7 +18,7 @@ from .._measurement import Loss
 from .._taps import Layer, Rows, Watched, ruled
 from .base import AbstractScoring
 from .gradients import forward_columns, forward_piece
-from .schedule import Alternative, Piece
+from .schedule import Alternative, Piece, map_points
 
 
 class AbstractPrepared(eqx.Module):
@@ -162,7 +162,7 @@ class Layered(AbstractScoring):
             join = jax.vmap(lambda matrices: _kronecker(response).join(matrices))
             solved = join([part.matrix for part in prepared])
             ruled_response = _under_rules(response)
-            return forward_columns(ruled_response, solved, indices, self.limits, self.points)
+            return forward_columns(ruled_response, solved, indices, self.points)
         blocks = _kronecker(response).blocks
         rows_of = _loss_rows(response)
         data = response.risk.data
@@ -174,8 +174,7 @@ class Layered(AbstractScoring):
             parts = [p.products(b, row) for b, p, row in zip(blocks, prepared, rows)]
             return functools.reduce(jnp.add, parts).T
 
-        points = self.points or self._own_chunk(response, rows_of)
-        return -map_blocks(block, count, points).T
+        return -map_blocks(block, count, self.points or count).T
 
     def quadratic(self, response, prepared):
         return functools.reduce(jnp.add, [part.size for part in prepared])
@@ -189,15 +188,8 @@ class Layered(AbstractScoring):
             parts = [_own(block, m, g, power) for block, m, g in pairs]
             return functools.reduce(jnp.add, parts)
 
-        return chunked_map(one, response.risk.data, self._own_chunk(response, of_loss))
-
-    def _own_chunk(self, response, rows_of) -> int:
-        """Training points at a time where each is its own query."""
-        one = jax.eval_shape(rows_of, row_struct(response.risk.data))
-        blocks = _kronecker(response).blocks
-        items = sum(4 * (row.left.size + row.right.size) for row in one)
-        items += sum(2 * b.layer.size for b, row in zip(blocks, one) if not row.is_rank_one)
-        return min(512, self.limits.rows(items, blocks[0].values.dtype))
+        block = lambda i: jax.vmap(one)(take(response.risk.data, i))
+        return map_points(block, response.risk.n, self.limits, blocks[0].values.dtype)
 
 
 def _ways(block: EigenBlock, rows: Rows) -> list[str]:

@@ -15,7 +15,9 @@ from .._cost import BALANCE, Cost, Parts, cost_of
 
 # More training points at a time than this are no faster: their rows no longer fit a processor's cache.
 MOST_POINTS = 512
-# What starting one more chunk costs, in flops: some 60 µs (measured as BALANCE was).
+# Nor are chunks of more bytes than this, where no queries share a point's work.
+_MOST_BYTES = 128 * 2**20
+# What starting one more chunk costs a piece, in flops: some 60 µs (measured as BALANCE was).
 _STEP = 1e7
 
 
@@ -122,8 +124,10 @@ def map_points(block: Callable, n: int, limits: Limits, dtype) -> PyTree[Array]:
     """`block` of the indices 0…n−1 of training points, as many at a time as its program has room for."""
     index = jax.ShapeDtypeStruct((), jnp.arange(0).dtype)
     cost = cost_of(lambda _, i: block(i[None]), (), index)
-    way = Alternative(lambda _, points: points, (Piece(("all parameters",), "by points", cost),))
-    points = choose((way,), limits, 1, n, 0, dtype, "one training point's").scorer
+    way = Alternative(lambda *_: None, (Piece(("all parameters",), "by points", cost),))
+    points = choose((way,), limits, 1, n, 0, dtype, "one training point's").points
+    if limits.chunk_size is None:
+        points = min(points, max(1, int(_MOST_BYTES // max(1.0, cost.live.point))))
     return map_blocks(block, n, points)
 
 
@@ -147,7 +151,7 @@ def _settled(one: Alternative, limits, m: int, n: int, q: int, scores: Cost) -> 
     most = n if one.whole else MOST_POINTS
     b = _points(held, live, limits, n, q, most)
     of_points = b * (live.point + q * live.pair)
-    p = _prepared(passing, max(of_points, limits.bytes - q * held), q)
+    p = _prepare_length(passing, max(of_points, limits.bytes - q * held), q)
     rows = tuple(Row(r.paths, r.way, r.flops(m, n, q), r.moved(m, n, q, b)) for r in pieces)
     total = sum(row.flops + BALANCE * row.bytes for row in rows)
     total += _STEP * len(pieces) * (-(-m // q) * -(-n // b) + -(-m // p))
@@ -156,7 +160,7 @@ def _settled(one: Alternative, limits, m: int, n: int, q: int, scores: Cost) -> 
     return Schedule(scorer, q, p, b, rows, total, peak)
 
 
-def _prepared(passing: float, room: float, q: int) -> int:
+def _prepare_length(passing: float, room: float, q: int) -> int:
     """How many queries are prepared at a time (at least one): before the points, in the same room."""
     return even_length(q, max(1, int(room // max(1.0, passing))))
 

@@ -115,7 +115,7 @@ def find_mislabelled(
     if evidence not in ("features", "model"):
         raise ValueError(f'`evidence` must be "features" or "model", got {evidence!r}.')
     require_concrete("find_mislabelled", risk, model)
-    validate(risk, model)
+    risk = validate(risk, model)
     if evidence == "model" and not is_affine(risk, model):
         raise ValueError(
             '`evidence="model"` refits the model without suspects by Newton, and its outputs are not '

@@ -189,7 +189,7 @@ def prune(
     trust = check_share(trust, "trust", "the least ratio of actual to predicted change")
     rounds = check_whole("rounds", rounds)
     require_concrete("prune", risk, model)
-    validate(risk, model)
+    risk = validate(risk, model)
     choosing, deciding = halves(risk, model, heldout)
     most = _points(budget, risk.n)
     if most == 0:

@@ -171,7 +171,7 @@ def train_with_removal(
         raise ValueError(f"`watch` must be a function of the model, or None; got {watch!r}.")
     warmup, every = check_whole("warmup", warmup), check_whole("every", every)
     require_concrete("train_with_removal", risk, model0)
-    validate(risk, model0)
+    risk = validate(risk, model0)
     choosing, deciding = halves(risk, model0, heldout)
     _check_classifier(risk, model0, head)
     if watch is not None:

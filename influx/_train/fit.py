@@ -22,7 +22,7 @@ def fit(risk: EmpiricalRisk, model: Model, trainer: AbstractTrainer) -> Model:
     """
     check_trainer(trainer)
     require_concrete("fit", risk, model)
-    validate(risk, model)
+    risk = validate(risk, model)
     return fitted(risk, model, trainer)[0]
 
 

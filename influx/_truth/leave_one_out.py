@@ -53,7 +53,7 @@ def leave_one_out(
     Regression" (1982).
     """
     require_concrete("leave_one_out", risk, model)
-    validate(risk, model)
+    risk = validate(risk, model)
     return retrain(
         risk,
         model,

@@ -39,7 +39,7 @@ def leave_subset_out(
     **Cost:** k trainings, as many at a time in one program as memory holds.
     """
     require_concrete("leave_subset_out", risk, model0)
-    validate(risk, model0)
+    risk = validate(risk, model0)
     masks = check_subsets(masks, risk)
     return retrain(
         risk,

@@ -57,7 +57,7 @@ def pbrf(
     Question?", arXiv:2209.05364.
     """
     require_concrete("pbrf", risk, model)
-    validate(risk, model)
+    risk = validate(risk, model)
     damping = check_damping(damping)
     lanes = check_indices(indices, risk.n)
     trainer = Newton(tolerance, solver=solver)

@@ -109,7 +109,7 @@ def subsampled_memorization(
     Influence Estimation", arXiv:2008.03703.
     """
     require_concrete("subsampled_memorization", risk, model0)
-    validate(risk, model0)
+    risk = validate(risk, model0)
     masks = check_subsets(_chosen(risk.n, masks, key, share, trials), risk)
     of_example = _of_example(risk, model0, outcome)
     if queries is not None:
