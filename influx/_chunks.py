@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._channels_last import channels_last
+from ._loop_body import loop_body
 
 # Temporaries of one chunk are kept within this size. Results do not depend on it (a law under test).
 BYTE_BUDGET = 256 * 2**20
@@ -72,7 +72,7 @@ def chunked_sum(fn, xs: PyTree, chunk: int, *, compensated: bool = False) -> PyT
     blocks = jtu.tree_map(lambda x: x[: full * size].reshape(full, size, *x.shape[1:]), xs)
     zeros = lambda struct: jnp.zeros(struct.shape, struct.dtype)
     start = jtu.tree_map(zeros, jax.eval_shape(fn, take(blocks, 0)))
-    inside = channels_last(fn)
+    inside = loop_body(fn)
     step = lambda sums, block: (_add(sums[0], sums[1], inside(block)), None)
     (total, lost), _ = jax.lax.scan(step, (start, start if compensated else None), blocks)
     if full * size < n:
@@ -104,5 +104,5 @@ def map_blocks(fn, n: int, chunk: int) -> PyTree:
     size = even_length(n, chunk)
     count = -(-n // size)
     indices = jnp.minimum(jnp.arange(count * size), n - 1)
-    blocks = jax.lax.map(channels_last(fn), indices.reshape(count, size))
+    blocks = jax.lax.map(loop_body(fn), indices.reshape(count, size))
     return jtu.tree_map(lambda x: x.reshape(count * size, *x.shape[2:])[:n], blocks)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "influx"
 ORDER = (
-    "_custom_types", "_extras", "_agreement", "_checks", "_equations", "_channels_last", "_chunks",
+    "_custom_types", "_extras", "_agreement", "_checks", "_equations", "_loop_body", "_chunks",
     "_cost", "_linalg", "_loss", "_data", "_risk", "_validate",
     "_restriction", "_gradients", "_jacobian", "_solver", "_train", "_truth", "_measurement",
     "_taps", "_curvature", "_engine", "_response", "_scale", "_effect", "_influence", "_transform",

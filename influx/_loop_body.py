@@ -1,8 +1,9 @@
-"""Convolutions with the channels last.
+"""What is done a block at a time, in the form that XLA for CPUs is fast at.
 
-XLA for CPUs turns convolutions into the order that it is fast at, but not those in the body of a loop:
-there one of Equinox's order, with the channels before the space, takes several times as long (jax issue
-12868). What is done a block at a time is such a body.
+Each block is the body of a loop. There XLA leaves convolutions in the order of axes that they have, and
+one of Equinox's, with the channels before the space, takes several times as long (jax issue 12868). And
+a sum over an axis of a small array, such as a layer norm's, may take many times as long as the product
+with ones that it is.
 """
 
 from collections.abc import Callable
@@ -16,27 +17,27 @@ from jaxtyping import Array
 from ._equations import CALLS, apply, inner_program
 
 
-def channels_last(fn: Callable) -> Callable:
-    """`fn` of arrays with the axes of its convolutions in the order (batch, space, channels)."""
+def loop_body(fn: Callable) -> Callable:
+    """`fn` of arrays with the axes of its convolutions in the order (batch, space, channels), and its
+    sums as products."""
 
-    def ordered(*args):
+    def rewritten(*args):
         closed, answer = jax.make_jaxpr(fn, return_shape=True)(*args)
         leaves = jtu.tree_leaves(args)
-        if _convolves(closed.jaxpr):
+        if _has_slow(closed.jaxpr):
             outs = _run(closed.jaxpr, closed.consts, leaves)
         else:
             outs = jaxpr_as_fun(closed)(*leaves)
         return jtu.tree_unflatten(jtu.tree_structure(answer), outs)
 
-    return ordered
+    return rewritten
 
 
-def _convolves(program: Jaxpr) -> bool:
-    names = [equation.primitive.name for equation in program.eqns]
-    if "conv_general_dilated" in names:
+def _has_slow(program: Jaxpr) -> bool:
+    if any(e.primitive.name == "conv_general_dilated" or _is_slow_sum(e) for e in program.eqns):
         return True
-    calls = [e for e, name in zip(program.eqns, names) if name in CALLS]
-    return any(_convolves(inner_program(e)[0]) for e in calls)
+    calls = [e for e in program.eqns if e.primitive.name in CALLS]
+    return any(_has_slow(inner_program(e)[0]) for e in calls)
 
 
 def _run(program: Jaxpr, consts, inputs) -> list[Array]:
@@ -46,12 +47,32 @@ def _run(program: Jaxpr, consts, inputs) -> list[Array]:
         operands, name = [value(v) for v in equation.invars], equation.primitive.name
         if name == "conv_general_dilated":
             outs = [_convolution(*operands, **equation.params)]
-        elif name in CALLS and _convolves(inner_program(equation)[0]):
+        elif _is_slow_sum(equation):
+            outs = [_sum(operands[0], equation.params["axes"])]
+        elif name in CALLS and _has_slow(inner_program(equation)[0]):
             outs = _run(*inner_program(equation), operands)
         else:
             outs = apply(program, equation, operands)
         values.update(zip(equation.outvars, outs))
     return [value(v) for v in program.outvars]
+
+
+def _is_slow_sum(equation) -> bool:
+    """Of float32 or float64, over axes side by side: over others a product is no faster."""
+    if equation.primitive.name != "reduce_sum":
+        return False
+    axes, (operand,) = sorted(equation.params["axes"]), equation.invars
+    beside = bool(axes) and axes == list(range(axes[0], axes[-1] + 1))
+    return beside and operand.aval.dtype in (jnp.float32, jnp.float64)
+
+
+def _sum(x: Array, axes: tuple[int, ...]) -> Array:
+    """The sum over axes side by side, as a product with ones: no axis of x moves."""
+    axes = tuple(sorted(axes))
+    before = tuple(range(axes[0])) if axes[-1] < x.ndim - 1 else ()
+    ones = jnp.ones([x.shape[axis] for axis in (*before, *axes)], x.dtype)
+    summed = axes, tuple(range(len(before), ones.ndim))
+    return jax.lax.dot_general(x, ones, (summed, (before, before)), jax.lax.Precision.HIGHEST)
 
 
 def _convolution(image, kernel, *, dimension_numbers, window_strides, padding, **params) -> Array:

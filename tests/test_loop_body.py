@@ -1,4 +1,4 @@
-"""Convolutions in loops: the same numbers, in the order of axes that XLA for CPUs is fast at."""
+"""Convolutions and sums in loops: the same numbers, in the form that XLA for CPUs is fast at."""
 
 import equinox as eqx
 import jax
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 
-from influx._channels_last import channels_last
 from influx._chunks import chunked_map, chunked_sum
+from influx._loop_body import loop_body
 
 ORDERS = [("NCHW", "OIHW", "NCHW"), ("NHWC", "HWIO", "NHWC"), ("CNHW", "IHWO", "HNWC")]
 SETTINGS = {
@@ -55,11 +55,9 @@ def test_a_convolution_is_the_same_in_any_order_of_its_axes(seed, order, kind):
         return jax.lax.conv_general_dilated(image, kernel, dimension_numbers=order, **settings)
 
     np.testing.assert_allclose(
-        channels_last(convolve)(image, kernel), convolve(image, kernel), rtol=1e-9, atol=1e-9
+        loop_body(convolve)(image, kernel), convolve(image, kernel), rtol=1e-9, atol=1e-9
     )
-    assert all(
-        map(is_last, convolutions(jax.make_jaxpr(channels_last(convolve))(image, kernel).jaxpr))
-    )
+    assert all(map(is_last, convolutions(jax.make_jaxpr(loop_body(convolve))(image, kernel).jaxpr)))
 
 
 class Network(eqx.Module):
@@ -103,3 +101,40 @@ def test_blocks_convolve_with_channels_last_and_answer_the_same(space, kind):
     inside = [c for e in loops for p in jaxprs_in_params(e.params) for c in convolutions(p)]
     assert inside
     assert all(map(is_last, inside))
+
+
+def sums(program) -> list:
+    found = [e for e in program.eqns if e.primitive.name == "reduce_sum"]
+    inner = [jaxprs_in_params(e.params) for e in program.eqns]
+    return found + [c for programs in inner for p in programs for c in sums(p)]
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    axes=st.sets(st.integers(0, 3), min_size=1).map(sorted).map(tuple),
+    dtype=st.sampled_from([jnp.float64, jnp.float32, jnp.int32]),
+)
+def test_a_sum_is_the_same_as_a_product_with_ones(seed, axes, dtype):
+    x = jr.randint(jr.key(seed), (2, 3, 1, 4), -9, 9).astype(dtype)
+    fn = lambda x: jnp.sum(x, axis=axes)
+    got = loop_body(fn)(x)
+    assert got.dtype == fn(x).dtype
+    np.testing.assert_array_equal(got, fn(x))
+    beside = axes[-1] - axes[0] < len(axes)
+    left = bool(sums(jax.make_jaxpr(loop_body(fn))(x).jaxpr))
+    assert left == (dtype == jnp.int32 or not beside)
+
+
+def test_blocks_sum_by_products_and_answer_the_same():
+    norm = eqx.nn.LayerNorm(6)
+    x = jr.normal(jr.key(0), (7, 5, 6))
+    loss = lambda norm, z: jnp.sum(eqx.filter_jit(jax.vmap(norm))(z) ** 3)
+    at = lambda chunk: lambda norm: chunked_map(lambda z: jax.grad(loss)(norm, z), x, chunk)
+    for one, other in zip(*(jax.tree_util.tree_leaves(at(chunk)(norm)) for chunk in (7, 3))):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+    params, static = eqx.partition(norm, eqx.is_array)
+    program = lambda chunk: (
+        jax.make_jaxpr(lambda p: at(chunk)(eqx.combine(p, static)))(params).jaxpr
+    )
+    assert sums(program(7))
+    assert not sums(program(3))
