@@ -5,6 +5,7 @@ import os
 from numbers import Integral, Real
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -115,7 +116,9 @@ def check_held(size: int, what: str, remedy: str) -> None:
 def check_damping(damping: ScalarLike) -> Scalar:
     """A damping λ, a number at least zero, as an array: another λ is then no other program."""
     if not is_concrete(damping):
-        return jnp.asarray(damping)
+        damping = jnp.asarray(damping)
+        bad = ~(jnp.isfinite(damping) & (damping >= 0))
+        return eqx.error_if(damping, bad, "`damping` is λ in (H + λI) and must be at least 0.")
     dtype = np.asarray(damping).dtype
     real = np.issubdtype(dtype, np.number) and not np.issubdtype(dtype, np.complexfloating)
     if not real or np.ndim(damping) != 0:

@@ -1400,6 +1400,34 @@ def test_what_looks_at_numbers_says_so_in_a_trace():
         jax.jit(ix.lds)(np.ones((3, N)), np.ones((5, N)), np.ones((5, 3)))
 
 
+@pytest.mark.parametrize("curvature", [ix.GaussNewton, ix.Identity, ix.KFAC, ix.EKFAC])
+def test_a_negative_damping_is_an_error_in_a_trace_as_well(curvature):
+    scores = eqx.filter_jit(
+        lambda λ: ix.influence(risk(), linear_model(), curvature(damping=λ))((Xq, yq))
+    )
+    jax.block_until_ready(scores(jnp.asarray(0.1)))
+    with pytest.raises(RuntimeError, match="must be at least 0"):
+        jax.block_until_ready(scores(jnp.asarray(-0.05)))
+
+
+@pytest.mark.parametrize("curvature", [ix.KFAC, ix.EKFAC])
+def test_a_singular_block_is_an_error_in_a_trace_as_well(curvature):
+    data = jnp.asarray(X).at[:, 0].set(0.0), jnp.asarray(y)
+    scores = eqx.filter_jit(
+        lambda r, λ: ix.influence(r, linear_model(), curvature(damping=λ))((Xq, yq))
+    )
+    jax.block_until_ready(scores(risk(data, l2=0.0), jnp.asarray(0.1)))
+    jax.block_until_ready(scores(risk(data, l2=0.1), jnp.asarray(0.0)))
+    with pytest.raises(RuntimeError, match=r"curvature of .*weight.* is singular"):
+        jax.block_until_ready(scores(risk(data, l2=0.0), jnp.asarray(0.0)))
+
+
+@pytest.mark.parametrize("settings", [{"draws": 5}, {"key": jr.key(0)}])
+def test_settings_of_a_sampled_fisher_are_refused_by_the_default(settings):
+    with pytest.raises(ValueError, match='are those of fisher="sampled"'):
+        ix.EKFAC(**settings)
+
+
 def test_negative_masks_are_no_data_weights():
     with pytest.raises(ValueError, match=r"at least 0, got -1.0 at \[0, 0\]"):
         ix.lds(np.ones((3, N)), -np.ones((5, N)), np.ones((5, 3)))

@@ -265,6 +265,38 @@ def test_a_chunk_beyond_the_byte_budget_does_not_take_queries_one_by_one(monkeyp
     assert plan.queries > 1
 
 
+@jax.custom_vjp
+def kernel(weight, x):
+    return weight @ x
+
+
+kernel.defvjp(lambda w, x: (w @ x, (w, x)), lambda s, g: (jnp.outer(g, s[1]), s[0].T @ g))
+
+
+class Custom(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, x):
+        return kernel(self.weight, x)
+
+
+@pytest.mark.parametrize(
+    "curvature", [ix.GaussNewton(damping=0.1), ix.EKFAC(damping=0.1)], ids=["dense", "layers"]
+)
+def test_a_model_without_a_forward_derivative_is_scored_without_forward_mode(curvature):
+    X, y = jr.normal(jr.key(0), (20, 5)), jr.randint(jr.key(1), (20,), 0, 3)
+    risk, weight = ix.EmpiricalRisk((X, y), ix.SoftmaxCrossEntropy()), jr.normal(jr.key(2), (3, 5))
+    queries = (X[:1], y[:1])
+    f = ix.influence(risk, Custom(weight), curvature)
+    assert "forward mode" not in str(ix.plan(f, queries))
+    plain = eqx.nn.Linear(5, 3, use_bias=False, key=jr.key(3))
+    plain = eqx.tree_at(lambda m: m.weight, plain, weight)
+    want = -ix.influence(risk, plain, ix.GaussNewton(damping=0.1))(queries)
+    if isinstance(curvature, ix.EKFAC):  # exact blocks: the whole of a small matrix
+        assert set(ix.coverage(f).share) == {"exact"}
+    np.testing.assert_allclose(-f(queries), want, rtol=1e-8, atol=1e-12)
+
+
 # Bytes: next to nothing, some, and more than the budget for one.
 BYTES = st.sampled_from([0.0, 8.0, 1e3, 1e6, 3e8])
 

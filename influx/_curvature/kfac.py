@@ -55,6 +55,11 @@ class AbstractKroneckerFactored(AbstractCurvature):
                 '`fisher` must be "ggn" (Gauss–Newton), "exact", "sampled" or "empirical", got '
                 f"{fisher!r}."
             )
+        if fisher == "ggn" and (key is not None or draws != 1):
+            raise ValueError(
+                '`key` and `draws` are those of fisher="sampled", and "ggn", the default, draws '
+                'nothing: leave them out, or write "sampled".'
+            )
         self.fisher = GaussNewton() if fisher == "ggn" else Fisher(fisher, key=key, draws=draws)
         self.damping = _checked_damping(damping)
         self.tolerance = _checked_tolerance(tolerance)
@@ -88,8 +93,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
         else:
             damping = jnp.asarray(self.damping, blocks[0].values.dtype)
         blocks = [replace(block, damping=damping) for block in blocks]
-        for block, penalty in zip(blocks, penalties):
-            _check_positive(block, penalty)
+        blocks = [_checked_positive(*parts) for parts in zip(blocks, penalties)]
         if self.tolerance > 0:
             name = f"{type(self).__name__}(tolerance={self.tolerance})"
             require_concrete(name, blocks, penalties)
@@ -146,8 +150,8 @@ class KFAC(AbstractKroneckerFactored):
 
     Layers are found in the program, not by their names: matrix products, convolutions, look-ups, their
     biases, sharing by `vmap` or `scan`, tied weights. Parameters of at most 1,024 entries that enter in
-    any other way get the exact block of their own, larger ones its diagonal. `coverage` lists what each
-    parameter gets.
+    any other way get the exact block of their own; larger ones its diagonal where they are added or
+    multiplied entry by entry, else an error. `coverage` lists what each parameter gets.
 
     **Raises:** `ValueError` for a parameter that no rule covers, a singular block, an unknown setting,
     or a loss that is no negative log-likelihood with `"exact"`; `RuntimeError` for one whose Hessian in
@@ -212,13 +216,17 @@ def _near(block: EigenBlock, penalties, tolerance: float) -> EigenBlock:
     return min(found, key=lambda near: near.products, default=block)
 
 
-def _check_positive(block: EigenBlock, penalty) -> None:
+def _checked_positive(block: EigenBlock, penalty) -> EigenBlock:
+    """The block, where it can be inverted."""
+    singular = f"The curvature of {' and '.join(block.layer.paths)} is singular"
+    remedy = 'Use a positive damping, or "auto", or an l2 > 0 on every parameter.'
     if not is_concrete((block, penalty)):
-        return
+        values = block.values + block.damping
+        least = jnp.finfo(values.dtype).eps * jnp.max(block.values)
+        lost = jnp.any(~(values > jnp.where(jnp.min(penalty) > 0, 0, least)))
+        return replace(block, values=eqx.error_if(block.values, lost, f"{singular}. {remedy}"))
     low = float(np.min(np.asarray(block.values))) + float(block.damping)
     # "auto" lifts what is 0 to 32 units of rounding: only a damping of the user's can be below one.
     if not low > rounding_floor(block.values, penalty, units=1):
-        raise ValueError(
-            f"The curvature of {' and '.join(block.layer.paths)} is singular: its smallest eigenvalue "
-            f"is {low:.3g}. Use a positive damping, or an l2 > 0 on every parameter."
-        )
+        raise ValueError(f"{singular}: its smallest eigenvalue is {low:.3g}. {remedy}")
+    return block

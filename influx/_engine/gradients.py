@@ -27,11 +27,11 @@ class PerExample(AbstractScoring):
         score = lambda rows, z: dot(rows, example_gradient(response.risk, response.model, z))
         cost = cost_of(score, like, one)
         gradients = Piece(_paths(response), "per-example gradients", cost, _bytes(like))
-        forward = ForwardMode(self.limits)
-        return (
-            Alternative(self.settled, (*solved, gradients)),
-            Alternative(forward.settled, (*solved, forward_piece(response, k)), whole=True),
-        )
+        per_example = Alternative(self.settled, (*solved, gradients))
+        if not has_forward(response):
+            return (per_example,)
+        forward = (*solved, forward_piece(response, k))
+        return per_example, Alternative(ForwardMode(self.limits).settled, forward, whole=True)
 
     def settled(self, ways, points):
         return replace(self, points=points)
@@ -105,6 +105,18 @@ def forward_columns(response, solved, indices, points: int | None):
     along = _along(response)
     count = leading_length(data)
     return -jnp.transpose(chunked_map(lambda z: along(directions, z), data, points or count))
+
+
+def has_forward(response) -> bool:
+    """Whether losses can be differentiated forwards: a model with a `jax.custom_vjp` has no way."""
+    directions = jax.eval_shape(jax.vmap(_directions(response)), _rows_like(response, 1))
+    try:
+        jax.eval_shape(_along(response), directions, row_struct(response.risk.data))
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        return False
+    return True
 
 
 def forward_piece(response, k: int) -> Piece:

@@ -17,7 +17,7 @@ from .._linalg import einsum
 from .._measurement import Loss
 from .._taps import Layer, Rows, Watched, ruled
 from .base import AbstractScoring
-from .gradients import forward_columns, forward_piece
+from .gradients import forward_columns, forward_piece, has_forward
 from .schedule import Alternative, Piece, map_points
 
 
@@ -132,12 +132,11 @@ class Layered(AbstractScoring):
         passes = Piece(("all layers",), rows, both, passing=both.live.query)
         blocks = _kronecker(response).blocks
         choices = tuple(_choices(block, *rows) for block, rows in zip(blocks, zip(m, z)))
-        return (
-            Alternative(self.settled, (passes,), choices),
-            Alternative(
-                self.settled, (), self._forward(response, measurement, query, m), whole=True
-            ),
-        )
+        by_layers = Alternative(self.settled, (passes,), choices)
+        if not has_forward(_under_rules(response)):
+            return (by_layers,)
+        forward = self._forward(response, measurement, query, m)
+        return by_layers, Alternative(self.settled, (), forward, whole=True)
 
     def _forward(self, response, measurement, query, rows) -> tuple[tuple[Piece, ...], ...]:
         """The only piece of forward mode: preparing all layers, and the products."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,7 @@ def choose(
         alone = "" if limits.chunk_size is None else f" with chunk_size={limits.chunk_size}"
         raise ValueError(
             f"`memory={limits.memory}` bytes do not hold {least_share} share of the work{alone}: that "
-            f"takes {least.peak:,.0f}. Use `influence(..., memory={round(least.peak + 1)})` or more"
+            f"takes {least.peak:,.0f}. Use `influence(..., memory={math.ceil(least.peak)})` or more"
             f"{', a smaller chunk_size' if alone else ''}, or keep fewer parameters with `restrict`."
         )
     return least
