@@ -1,6 +1,6 @@
 """What Kronecker-factored influence costs in passes over the data, and how that grows.
 
-    python -m benchmarks.cost                     # or only the passes of: mlp cnn transformer
+    python -m benchmarks.cost [mlp cnn transformer growth]        # by default all of them
 
 Passes: the networks of `benchmarks._tasks` on 4,000 images, float32. A gradient pass is ∇J over all
 points, a forward pass all their losses. What of EK-FAC's fit runs over the data, the factors and the
@@ -145,19 +145,19 @@ def measured(n: int, width: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("tasks", nargs="*")
+    parser.add_argument("parts", nargs="*", default=[*NETWORKS, "growth"])
     parser.add_argument("--one", nargs=2, type=int)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one_setting(*options.one)))
         return
     console = Console(width=120)
-    for name in options.tasks or NETWORKS:
-        passes(console, name)
-    if options.tasks:
-        return
-    growth(console, "n training points, width 256", POINTS, [(n, 256) for n in POINTS])
-    growth(console, "width, n = 4,000", WIDTHS, [(4_000, w) for w in WIDTHS])
+    for name in options.parts:
+        if name != "growth":
+            passes(console, name)
+            continue
+        growth(console, "n training points, width 256", POINTS, [(n, 256) for n in POINTS])
+        growth(console, "width, n = 4,000", WIDTHS, [(4_000, w) for w in WIDTHS])
 
 
 if __name__ == "__main__":
