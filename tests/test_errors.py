@@ -1418,8 +1418,11 @@ def test_a_singular_block_is_an_error_in_a_trace_as_well(curvature):
     )
     jax.block_until_ready(scores(risk(data, l2=0.0), jnp.asarray(0.1)))
     jax.block_until_ready(scores(risk(data, l2=0.1), jnp.asarray(0.0)))
-    with pytest.raises(RuntimeError, match=r"curvature of .*weight.* is singular"):
-        jax.block_until_ready(scores(risk(data, l2=0.0), jnp.asarray(0.0)))
+    of_bias = jtu.tree_map(jnp.zeros_like, linear_model())
+    of_bias = eqx.tree_at(lambda m: m.bias, of_bias, jnp.full_like(of_bias.bias, 0.1))
+    for l2 in (0.0, of_bias):
+        with pytest.raises(RuntimeError, match=r"curvature of .*weight.* is singular"):
+            jax.block_until_ready(scores(risk(data, l2=l2), jnp.asarray(0.0)))
 
 
 @pytest.mark.parametrize("settings", [{"draws": 5}, {"key": jr.key(0)}])

@@ -265,6 +265,18 @@ def test_a_chunk_beyond_the_byte_budget_does_not_take_queries_one_by_one(monkeyp
     assert plan.queries > 1
 
 
+def test_self_influence_is_refused_where_memory_holds_no_point():
+    f = ix.influence(*wide_problem()[:2], CURVATURES["EKFAC"], memory=100)
+    with pytest.raises(ValueError, match="do not hold one training point's share") as refused:
+        ix.self_influence(f)
+    enough = int(re.search(r"memory=(\d+)\)", str(refused.value))[1])
+    for limits in ({"memory": enough}, {"chunk_size": 7}):
+        g = ix.influence(*wide_problem()[:2], CURVATURES["EKFAC"], **limits)
+        np.testing.assert_allclose(
+            ix.self_influence(g), ix.self_influence(handle("EKFAC")), rtol=1e-9
+        )
+
+
 @jax.custom_vjp
 def kernel(weight, x):
     return weight @ x

@@ -50,13 +50,14 @@ def auto_damping(
 
 def rounding_floor(
     values: Float[Array, "S l r"], penalty: Float[Array, "S l r"], units: int = 32
-) -> float:
+) -> Float[Array, ""] | np.ndarray:
     """What every eigenvalue of a block that can be inverted exceeds: 0 where l2 > 0 on all of it, which
     bounds them from below; else so many units of rounding of the largest, as what a zero may come out.
 
     A solve in the eigenbasis divides by each eigenvalue by itself, so that no condition number enters.
     """
-    l2, unit = np.asarray(penalty, np.float64), float(jnp.finfo(values.dtype).eps)
-    if np.min(l2) > 32 * unit * np.max(l2):  # what rounding leaves of an l2 = 0 is none
-        return 0.0
-    return units * unit * float(np.max(np.asarray(values)))
+    lib = np if is_concrete((values, penalty)) else jnp
+    largest, l2 = lib.max(lib.asarray(values)), lib.asarray(penalty)
+    unit = float(jnp.finfo(values.dtype).eps)
+    held = lib.min(l2) > 32 * unit * lib.max(l2)  # what rounding leaves of an l2 = 0 is none
+    return lib.where(held, 0.0, units * unit * largest)

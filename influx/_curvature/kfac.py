@@ -153,7 +153,8 @@ class KFAC(AbstractKroneckerFactored):
     any other way get the exact block of their own; larger ones its diagonal where they are added or
     multiplied entry by entry, else an error. `coverage` lists what each parameter gets.
 
-    **Raises:** `ValueError` for a parameter that no rule covers, a singular block, an unknown setting,
+    **Raises:** `ValueError` for a parameter that no rule covers, a singular block (`RuntimeError` inside
+    a trace), factors that are not finite, an unknown setting, `key` or `draws` where nothing is drawn,
     or a loss that is no negative log-likelihood with `"exact"`; `RuntimeError` for one whose Hessian in
     the output is not positive semi-definite with `"ggn"`.
 
@@ -220,13 +221,12 @@ def _checked_positive(block: EigenBlock, penalty) -> EigenBlock:
     """The block, where it can be inverted."""
     singular = f"The curvature of {' and '.join(block.layer.paths)} is singular"
     remedy = 'Use a positive damping, or "auto", or an l2 > 0 on every parameter.'
+    # "auto" lifts what is 0 to 32 units of rounding: only a damping of the user's can be below one.
+    floor = rounding_floor(block.values, penalty, units=1)
     if not is_concrete((block, penalty)):
-        values = block.values + block.damping
-        least = jnp.finfo(values.dtype).eps * jnp.max(block.values)
-        lost = jnp.any(~(values > jnp.where(jnp.min(penalty) > 0, 0, least)))
+        lost = ~(jnp.min(block.values) + block.damping > floor)
         return replace(block, values=eqx.error_if(block.values, lost, f"{singular}. {remedy}"))
     low = float(np.min(np.asarray(block.values))) + float(block.damping)
-    # "auto" lifts what is 0 to 32 units of rounding: only a damping of the user's can be below one.
-    if not low > rounding_floor(block.values, penalty, units=1):
+    if not low > floor:
         raise ValueError(f"{singular}: its smallest eigenvalue is {low:.3g}. {remedy}")
     return block

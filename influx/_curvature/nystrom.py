@@ -29,9 +29,8 @@ class Nystrom(AbstractCurvature):
     **Dropped:** F − F̂, which is positive semi-definite: directions that Ω missed keep l2 + λ alone. So
     the inverse is never too small, and self-influence never understated: far too large where `rank` is
     below the number of eigenvalues of F above l2 + λ (at most twice the effective dimension that
-    `diagnose` prints). It then
-    takes more damping, or `Arnoldi`, which puts a curvature in place of what it leaves out. Exact
-    where F has rank ≤ `rank`; a larger rank with the same key only adds to F̂.
+    `diagnose` prints). It then takes more damping, or `Arnoldi`, which puts a curvature in place of
+    what it leaves out. Exact where F has rank ≤ `rank`; a larger rank with the same key only adds to F̂.
 
     **Arguments:**
 
