@@ -1,12 +1,13 @@
 """What is done a block at a time, in the form that XLA for CPUs is fast at.
 
-Each block is the body of a loop. There XLA leaves convolutions in the order of axes that they have, and
-one of Equinox's, with the channels before the space, takes several times as long (jax issue 12868). And
-a sum over an axis of a small array, such as a layer norm's, may take many times as long as the product
-with ones that it is.
+Each block is the body of a loop, and so is each step of a training run. There XLA leaves convolutions in
+the order of axes that they have, and one of Equinox's, with the channels before the space, takes several
+times as long (jax issue 12868). And a sum over an axis of a small array, such as a layer norm's, may
+take many times as long as the product with ones that it is.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,25 @@ from ._equations import CALLS, apply, inner_program
 def loop_body(fn: Callable) -> Callable:
     """`fn` of arrays with the axes of its convolutions in the order (batch, space, channels), and its
     sums as products."""
+    return _rewritten(fn, _has_slow)
 
+
+def channels_last(fn: Callable) -> Callable:
+    """`loop_body(fn)` where `fn` has a convolution, else `fn`: what is trained without one keeps its
+    last digits."""
+    return _rewritten(fn, _has_convolution)
+
+
+def has_convolution(fn: Callable, *args) -> bool:
+    """Whether `fn(*args)` would take one."""
+    return _has_convolution(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _rewritten(fn: Callable, needed: Callable[[Jaxpr], bool]) -> Callable:
     def rewritten(*args):
         closed, answer = jax.make_jaxpr(fn, return_shape=True)(*args)
         leaves = jtu.tree_leaves(args)
-        if _has_slow(closed.jaxpr):
+        if needed(closed.jaxpr):
             outs = _run(closed.jaxpr, closed.consts, leaves)
         else:
             outs = jaxpr_as_fun(closed)(*leaves)
@@ -33,23 +48,35 @@ def loop_body(fn: Callable) -> Callable:
     return rewritten
 
 
-def _has_slow(program: Jaxpr) -> bool:
-    if any(e.primitive.name == "conv_general_dilated" or _is_slow_sum(e) for e in program.eqns):
+def _has(program: Jaxpr, searched: Callable[[Any], bool]) -> bool:
+    if any(searched(e) for e in program.eqns):
         return True
     calls = [e for e in program.eqns if e.primitive.name in CALLS]
-    return any(_has_slow(inner_program(e)[0]) for e in calls)
+    return any(_has(inner_program(e)[0], searched) for e in calls)
+
+
+def _has_convolution(program: Jaxpr) -> bool:
+    return _has(program, _is_convolution)
+
+
+def _has_slow(program: Jaxpr) -> bool:
+    return _has(program, lambda e: _is_convolution(e) or _is_slow_sum(e))
+
+
+def _is_convolution(equation) -> bool:
+    return equation.primitive.name == "conv_general_dilated"
 
 
 def _run(program: Jaxpr, consts, inputs) -> list[Array]:
     values = dict(zip(program.constvars, consts)) | dict(zip(program.invars, inputs))
     value = lambda v: v.val if isinstance(v, Literal) else values[v]
     for equation in program.eqns:
-        operands, name = [value(v) for v in equation.invars], equation.primitive.name
-        if name == "conv_general_dilated":
+        operands = [value(v) for v in equation.invars]
+        if _is_convolution(equation):
             outs = [_convolution(*operands, **equation.params)]
         elif _is_slow_sum(equation):
             outs = [_sum(operands[0], equation.params["axes"])]
-        elif name in CALLS and _has_slow(inner_program(equation)[0]):
+        elif equation.primitive.name in CALLS and _has_slow(inner_program(equation)[0]):
             outs = _run(*inner_program(equation), operands)
         else:
             outs = apply(program, equation, operands)

@@ -5,13 +5,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 
+import influx as ix
 from influx._chunks import chunked_map, chunked_sum
 from influx._loop_body import loop_body
+from influx._truth.retrain import most_lanes
 
 ORDERS = [("NCHW", "OIHW", "NCHW"), ("NHWC", "HWIO", "NHWC"), ("CNHW", "IHWO", "HNWC")]
 SETTINGS = {
@@ -101,6 +104,73 @@ def test_blocks_convolve_with_channels_last_and_answer_the_same(space, kind):
     inside = [c for e in loops for p in jaxprs_in_params(e.params) for c in convolutions(p)]
     assert inside
     assert all(map(is_last, inside))
+
+
+@pytest.fixture(scope="module")
+def images():
+    class Classifier(eqx.Module):
+        convolution: eqx.nn.Conv2d
+        head: eqx.nn.Linear
+
+        def __call__(self, x):
+            z = jax.nn.gelu(self.convolution(x))
+            return self.head(jnp.mean(z, axis=(1, 2)))
+
+    model = Classifier(eqx.nn.Conv2d(1, 2, 3, key=jr.key(0)), eqx.nn.Linear(2, 3, key=jr.key(1)))
+    X, y = jr.normal(jr.key(2), (8, 1, 5, 4)), jr.randint(jr.key(3), (8,), 0, 3)
+    return ix.EmpiricalRisk((X, y), ix.SoftmaxCrossEntropy(), l2=1e-2), model
+
+
+TRAINER = ix.SGD(optax.sgd(0.1, momentum=0.9), batch_size=4, epochs=3, key=jr.key(4))
+
+
+def test_training_convolves_with_channels_last_and_differentiates_the_same(images):
+    """Against a run of the same batches written out by hand."""
+    risk, model = images
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def by_hand(weights):
+        state = TRAINER.start(params)
+        for epoch in range(3):
+            for batch in TRAINER.batches(8, jnp.asarray(epoch)):
+                batch_risk = ix.EmpiricalRisk(
+                    (risk.data[0][batch], risk.data[1][batch]), risk.loss, l2=1e-2,
+                    weights=weights[batch],
+                )  # fmt: skip
+                loss = lambda p, r: r.objective(eqx.combine(p, static))
+                state = TRAINER.update(jax.grad(loss)(state[0], batch_risk), state)
+        return eqx.combine(state[0], static)
+
+    trained, _ = TRAINER.train(None, risk, model, risk.weights)
+    want = by_hand(risk.weights)
+    for got, leaf in zip(*map(jax.tree_util.tree_leaves, (trained, want))):
+        np.testing.assert_allclose(got, leaf, rtol=1e-9, atol=1e-12)
+    queries = risk.data[0][:2] + 1, risk.data[1][:2]
+    losses = lambda w: risk.losses(by_hand(w), queries)
+    scores = ix.influence(risk, model, ix.Unrolled(TRAINER))(queries)
+    derivative = risk.n * jax.jacrev(losses)(risk.weights)
+    np.testing.assert_allclose(scores, derivative, rtol=1e-7, atol=1e-9)
+    train = lambda w: eqx.filter(TRAINER.train(None, risk, model, w)[0], eqx.is_inexact_array)
+    steps = [
+        e for e in jax.make_jaxpr(train)(risk.weights).jaxpr.eqns if e.primitive.name == "scan"
+    ]
+    inside = [c for e in steps for p in jaxprs_in_params(e.params) for c in convolutions(p)]
+    assert inside
+    assert all(map(is_last, inside))
+
+
+def test_networks_with_convolutions_are_retrained_one_after_another(images):
+    risk, model = images
+    masks = 1 - jnp.eye(8)[:3]
+    ways = [
+        ix.leave_subset_out(risk, model, TRAINER, masks=masks, chunk_size=size)
+        for size in (None, 3)
+    ]
+    np.testing.assert_allclose(*ways, rtol=1e-9, atol=1e-12)
+    dense = eqx.nn.Linear(20, 3, key=jr.key(5))
+    flat = ix.EmpiricalRisk((risk.data[0].reshape(8, 20), risk.data[1]), risk.loss)
+    assert most_lanes(flat, dense) > 1
+    assert most_lanes(risk, model) == 1
 
 
 def sums(program) -> list:

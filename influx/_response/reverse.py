@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from .._custom_types import Model
 from .._linalg import ravel
+from .._loop_body import channels_last
 from .._risk import EmpiricalRisk
 from .._train import SGD
 from .._train.sgd import batch_objective
@@ -95,7 +96,7 @@ def _back(trainer: SGD, risk: EmpiricalRisk, static, carry, state, batch: Int[Ar
         before = jtu.tree_map(jnp.add, direct, through), memory
         return before, weights.at[batch].add(by_weight)
 
-    return jax.lax.cond(batch[0] >= 0, move, lambda carry: carry, carry)
+    return jax.lax.cond(batch[0] >= 0, channels_last(move), lambda carry: carry, carry)
 
 
 def _segments(trainer: SGD, n: int) -> Int[Array, "s t B"]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .._checks import check_key
 from .._chunks import take
 from .._linalg import ravel
+from .._loop_body import channels_last
 from .base import AbstractTrainer, Trained, count, flat, gradient_items
 
 
@@ -86,8 +87,8 @@ class SGD(AbstractTrainer):
     def step(self, objective, static, weights: Float[Array, " n"], state, batch: Int[Array, " B"]):
         """The state after a step on one mini-batch."""
         params, _ = state
-        gradient = jax.grad(batch_objective(objective, static, batch))(params, weights[batch])
-        return self.update(gradient, state)
+        gradient = channels_last(jax.grad(batch_objective(objective, static, batch)))
+        return self.update(gradient(params, weights[batch]), state)
 
     def train(self, state, objective, model, weights):
         params, static = eqx.partition(model, eqx.is_inexact_array)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -13,8 +14,9 @@ from .._checks import check_chunk
 from .._chunks import chunk_length, chunked_map, leading_length, take
 from .._custom_types import Model
 from .._linalg import ravel
+from .._loop_body import has_convolution
 from .._train import AbstractTrainer, Trained, check_trainer
-from .._train.base import Objective
+from .._train.base import Objective, flat
 
 # Beyond this many at once nothing is gained: the matrix products are large enough.
 _MOST_LANES = 25
@@ -64,12 +66,12 @@ def retrain(
     check_settings(trainer, outcome, chunk_size)
     chunk_size = check_chunk(chunk_size)
     outcome = parameters if outcome is None else outcome
-    outcomes, pending = None, np.arange(leading_length(lanes))
+    outcomes, pending, most = None, np.arange(leading_length(lanes)), most_lanes(risk, model)
     trained = None
     for attempt in trainer.attempts():
         theta, _ = ravel(model)
         chunk = chunk_length(attempt.items(risk, model), theta.dtype, chunk_size)
-        chunk = chunk if chunk_size is not None else min(chunk, _MOST_LANES)
+        chunk = chunk if chunk_size is not None else min(chunk, most)
         part = take(lanes, pending)
         answers, trained = _program(attempt, risk, model, weigh, part, typical, outcome, chunk)
         put = lambda old, new, rows=pending: old.at[rows].set(new)
@@ -80,6 +82,14 @@ def retrain(
         pending, trained = pending[unfinished], take(trained, unfinished)
     assert trained is not None
     _fail(pending, leading_length(lanes), trained, remedies or trainer.remedies())
+
+
+def most_lanes(objective: Retrainable, model: Model) -> int:
+    """One where a convolution has as many kernels as lanes: on a CPU they take three times as long at
+    once as one after another."""
+    fn, theta, _ = flat(objective, model, None)
+    slow = jax.default_backend() == "cpu" and has_convolution(fn, theta)
+    return 1 if slow else _MOST_LANES
 
 
 def _fail(rows: np.ndarray, total: int, trained: Trained, remedies: str):
