@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import influx as ix
 from influx._engine import ForwardMode, Layered, PerExample
 from influx._gradients import map_gradients
-from influx._linalg import from_strips, gram_strips
+from influx._linalg import from_strips, gram_strips, ravel
 from tests.test_taps import custom
 
 N, M, C = 24, 5, 3
@@ -215,37 +215,67 @@ def float32(tree):
     return jax.tree_util.tree_map(low, tree)
 
 
+def linear_problem(seed, n, precision, noise, dtype=jnp.float64):
+    """A layer whose weights are drawn with that precision, and data with noise of that size."""
+    rng = np.random.default_rng(seed)
+    X, W = rng.normal(size=(n, 12)), rng.normal(size=(4, 12)) / np.sqrt(precision)
+    y = X @ W.T + noise * rng.normal(size=(n, 4))
+    layer = eqx.nn.Linear(12, 4, use_bias=False, key=jr.key(0))
+    at = lambda W: eqx.tree_at(lambda m: m.weight, layer, jnp.asarray(W, dtype))
+    return at, W, (jnp.asarray(X, dtype), jnp.asarray(y, dtype))
+
+
+@given(seed=st.integers(0, 2**31 - 1), noise=st.sampled_from([0.1, 3.0]))
+def test_the_automatic_damping_finds_the_precision_that_weights_were_drawn_with(seed, noise):
+    """48 weights show it to a factor of exp(4 √(2/48)); K-FAC of a linear layer is exact."""
+    n, precision = 2000, 5.0
+    at, _, (X, y) = linear_problem(seed, n, precision, noise)
+    least_squares = np.linalg.lstsq(np.asarray(X), np.asarray(y), rcond=None)[0].T
+    l2 = 1e-3 * precision * noise**2 / n  # of so little as all the evidence is λ's
+    risk = ix.EmpiricalRisk((X, y), ix.SquaredError(), l2=l2)
+    damping = float(ix.KFAC().factor(risk, at(least_squares)).blocks[0].damping)
+    assert abs(np.log((l2 + damping) * n / noise**2 / precision)) < 4 * np.sqrt(2 / 48)
+
+
 @pytest.mark.parametrize("curvature", KFACS)
-@pytest.mark.parametrize("to", [float32, lambda tree: tree], ids=["float32", "float64"])
-def test_no_l2_is_exceeded_by_the_floor_of_the_automatic_damping(curvature, to):
-    """However small it is: then H is not singular, and λ is the rule's, 0."""
+@pytest.mark.parametrize("l2", [1e-6, 1e-3, 1e-1, 10.0])
+def test_the_automatic_damping_is_the_least_that_the_evidence_allows(curvature, l2):
     risk, model, _ = problem()
-    X, y = risk.data
-    many = (jnp.tile(X, (6, 1)), jnp.tile(y, 6))  # more points than parameters
+    few = ix.EmpiricalRisk(risk.data, risk.loss, l2=l2, weights=risk.weights.at[:3].set(0.0))
+    factored = curvature().factor(few, model)
+    theta, _ = ravel(model)
+    damping = float(factored.dampings[0])
+    assert len(set(np.asarray(factored.dampings))) == 1
+    whole = np.stack([factored.matvec(unit) for unit in jnp.eye(theta.size)])
+    data = whole - (l2 + damping) * np.eye(theta.size)
+    dimension, points = np.trace(np.linalg.solve(whole, data)), N - 3
+    energy = N * (l2 + damping) * float(theta @ theta)
+    bound = dimension / (1 + dimension / points)
+    assert energy >= bound * (1 - 1e-6)
+    assert damping == 0 or energy == pytest.approx(bound, rel=1e-6)
+    assert (damping > 0) == (l2 < 1e-2)
+
+
+@pytest.mark.parametrize("curvature", KFACS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_no_l2_is_exceeded_by_the_floor_of_the_automatic_damping(curvature, dtype):
+    """However small it is: then H is not singular, and without noise the rule's λ is 0."""
+    at, W, (X, _) = linear_problem(0, 40, 1.0, 0.0, dtype)
+    X = X.at[:, 1].set(X[:, 0])  # the same feature twice
+    data = X, jax.vmap(at(W))(X)
     for l2 in (1e-7, 1e-12):
-        small = ix.EmpiricalRisk(many, risk.loss, l2=l2)
-        blocks = curvature(damping="auto").factor(to(small), to(model)).blocks
+        blocks = curvature().factor(ix.EmpiricalRisk(data, ix.SquaredError(), l2=l2), at(W)).blocks
         assert float(blocks[0].damping) == 0
         assert min(float(jnp.min(b.values)) for b in blocks) >= l2 * (1 - 1e-6)
-    free = ix.EmpiricalRisk(many, risk.loss)
-    blocks = curvature(damping="auto").factor(to(free), to(model)).blocks
-    top, unit = max(float(jnp.max(b.values)) for b in blocks), jnp.finfo(blocks[0].values.dtype).eps
+    blocks = curvature().factor(ix.EmpiricalRisk(data, ix.SquaredError()), at(W)).blocks
+    top, unit = float(jnp.max(blocks[0].values)), jnp.finfo(dtype).eps
     assert 0 < float(blocks[0].damping) <= 33 * unit * top
 
 
-def test_the_automatic_damping_is_the_least_that_keeps_the_dimension_below_n():
-    risk, model, _ = problem()
-    few = ix.EmpiricalRisk((risk.data[0][:6], risk.data[1][:6]), risk.loss, l2=1e-6)
-    factored = ix.EKFAC(damping="auto").factor(few, model)
-    values = np.concatenate([np.ravel(b.values) for b in factored.blocks])
-    damping = float(factored.blocks[0].damping)
-    assert len({float(b.damping) for b in factored.blocks}) == 1
-    dimension = np.sum((values - 1e-6) / (values + damping))
-    assert dimension == pytest.approx(6, rel=1e-6)
-    regular = ix.EKFAC(damping="auto").factor(risk, model)  # l2 keeps it below n by itself
-    assert float(regular.blocks[0].damping) == 0
-    free = ix.EmpiricalRisk(risk.data, risk.loss)
-    assert float(ix.EKFAC(damping="auto").factor(free, model).blocks[0].damping) > 0
+def test_the_automatic_damping_of_parameters_that_are_all_zero_is_refused():
+    at, W, data = linear_problem(0, 40, 1.0, 1.0)
+    with pytest.raises(ValueError, match="all of them are 0"):
+        ix.EKFAC().factor(ix.EmpiricalRisk(data, ix.SquaredError()), at(0 * W))
 
 
 def test_a_weight_is_a_multiplicity_and_zero_is_absence():

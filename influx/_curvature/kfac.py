@@ -89,7 +89,7 @@ class AbstractKroneckerFactored(AbstractCurvature):
         check_rules(risk, model, self.rules)
         blocks, penalties = self.blocks(risk, model)
         if self.damping is None:
-            damping = auto_damping(blocks, penalties, risk.weights)
+            damping = auto_damping(blocks, penalties, risk, model)
         else:
             damping = jnp.asarray(self.damping, blocks[0].values.dtype)
         blocks = [replace(block, damping=damping) for block in blocks]
@@ -132,10 +132,13 @@ class KFAC(AbstractKroneckerFactored):
       `"sampled"` at `draws` of them drawn with `key`, `"empirical"` at the given targets. For influx's
       own losses, "exact" is the same matrix as "ggn" at the same cost; class weights enter it squared,
       and a mean over T places as 1/T², where the Hessian of such a loss has weights and 1/T.
-    - `damping`: λ of H + λI, or `"auto"`: the least λ at which the effective dimension
-      tr F(F + diag l2 + λI)⁻¹ is at most n: one direction a point, a rule of thumb (a point of K
-      outputs, at T places KT, may decide as many), held to retraining in `docs/how-to-choose.md`. Never
-      less than the rounding of eigenvalues that l2 leaves at 0.
+    - `damping`: λ of H + λI, or `"auto"`: the least λ ≥ 0 at which the trained weights are as large as
+      the evidence wants them under l2 + λ (MacKay, 1992), n θᵀ(diag l2 + λI)θ ≥ φ d/(1 + d/N), with the
+      effective dimension d = tr F(F + diag l2 + λI)⁻¹ of the data part F, N points of positive weight,
+      and φ = 1, or for `SquaredError` the variance of the residuals. Any other loss is taken for a
+      negative log-likelihood, a mean over T places for that of one: with a scale of its own, give a
+      number. Never less than the rounding of eigenvalues that l2 leaves at 0. Held to retraining in
+      `docs/how-to-choose.md`.
     - `tolerance`: relative root mean square error aimed at for a layer's scores, 0 for none: layers
       are then scored at the coordinates of their eigenbasis that outweigh l2 and damping, or, applied
       once an example, by few products of small matrices (P13e), whichever takes fewer products.
@@ -154,9 +157,9 @@ class KFAC(AbstractKroneckerFactored):
     multiplied entry by entry, else an error. `coverage` lists what each parameter gets.
 
     **Raises:** `ValueError` for a parameter that no rule covers, a singular block (`RuntimeError` inside
-    a trace), factors that are not finite, an unknown setting, `key` or `draws` where nothing is drawn,
-    or a loss that is no negative log-likelihood with `"exact"`; `RuntimeError` for one whose Hessian in
-    the output is not positive semi-definite with `"ggn"`.
+    a trace), factors that are not finite, an unknown setting, `"auto"` where all parameters are 0, `key`
+    or `draws` where nothing is drawn, or a loss that is no negative log-likelihood with `"exact"`;
+    `RuntimeError` for one whose Hessian in the output is not positive semi-definite with `"ggn"`.
 
     **Cost:** one pass over the data with as many backward passes as cotangents: C − 1 for C classes, at
     each place that has some, as many as outputs for other losses, `draws`, or one; O(l³ + r³) a layer.
