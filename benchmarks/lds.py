@@ -29,6 +29,7 @@ from benchmarks.kronecker import run, save
 
 MASKS, QUERIES, RETRAININGS, SEEDS = 40, 200, 2, 5
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+DENSE = 5000  # parameters, up to which the Gauss–Newton matrix itself is inverted
 TOLERANCE = 0.05
 
 
@@ -110,6 +111,10 @@ def contenders(task, risk, models, queries) -> dict:
     scores["EK-FAC, l2 left out, λ = 0.1 × mean"] = influences(bare, models[0], small, queries)
     for factor in GRID:
         scores[f"EK-FAC, λ = {factor:g} × mean"] = one(ix.EKFAC(damping=factor * mean))
+    if _size(models[0]) <= DENSE:
+        for factor in GRID[::2]:
+            name = f"Gauss–Newton, λ = {factor:g} × mean"
+            scores[name] = one(ix.GaussNewton(damping=factor * mean))
     scores["gradient dot product"] = one(ix.Identity())
     scores[f'EK-FAC, damping="auto", {SEEDS} models'] = averaged(ix.EKFAC())
     scores[f"gradient dot product, {SEEDS} models"] = averaged(ix.Identity())
@@ -124,6 +129,10 @@ def peers(source: Path) -> dict:
         answer = run("_kronfluence", source, *settings)
         found[f"kronfluence, {strategy}, its heuristic"] = -answer["scores"]
     return found
+
+
+def _size(model) -> int:
+    return sum(x.size for x in jax.tree_util.tree_leaves(eqx.filter(model, eqx.is_array)))
 
 
 def auto(risk, model) -> str:
@@ -147,9 +156,9 @@ def report(console: Console, name: str, folder: Path) -> None:
     scores |= peers(save(name, folder, (None, QUERIES)))
     base = next(iter(scores.values()))
     accuracy = np.mean(np.argmax(jax.vmap(models[0])(queries[0]), axis=1) == queries[1])
-    size = sum(x.size for x in jax.tree_util.tree_leaves(eqx.filter(models[0], eqx.is_array)))
     title = (
-        f"{name}: n = {risk.n}, P = {size:,}, accuracy {accuracy:.1%}, λ = {auto(risk, models[0])}"
+        f"{name}: n = {risk.n}, P = {_size(models[0]):,}, accuracy {accuracy:.1%}, "
+        f"λ = {auto(risk, models[0])}"
     )
     table = Table(title=title)
     for column in ("", "LDS", "± SE", "same in top 10", "less the first row"):
