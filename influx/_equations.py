@@ -6,7 +6,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array
 
 # Programs inside programs that can be read through. A custom derivative is not: its rule is its own.
-CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+CHECKPOINTS = ("remat", "remat2", "checkpoint")
+CALLS = ("jit", "pjit", "closed_call", "core_call", *CHECKPOINTS)
 
 
 def inner_program(equation) -> tuple[Jaxpr, Sequence[Array]]:

@@ -15,32 +15,50 @@ import jax.tree_util as jtu
 from jax.extend.core import Jaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array
 
-from ._equations import CALLS, apply, inner_program
+from ._equations import CALLS, CHECKPOINTS, apply, inner_program
 
 
 def loop_body(fn: Callable) -> Callable:
     """`fn` of arrays with the axes of its convolutions in the order (batch, space, channels), and its
     sums as products."""
-    return _rewritten(fn, _has_slow)
+    return _rewritten(fn, lambda equation: _is_convolution(equation) or _is_slow_sum(equation))
 
 
 def channels_last(fn: Callable) -> Callable:
-    """`loop_body(fn)` where `fn` has a convolution, else `fn`: what is trained without one keeps its
-    last digits."""
-    return _rewritten(fn, _has_convolution)
+    """`fn` of arrays with the axes of its convolutions in that order, and nothing else changed: what is
+    trained without one keeps its last digits."""
+    return _rewritten(fn, _is_convolution)
 
 
-def has_convolution(fn: Callable, *args) -> bool:
-    """Whether `fn(*args)` would take one."""
-    return _has_convolution(jax.make_jaxpr(fn)(*args).jaxpr)
+def has_kernel_of(fn: Callable, *args) -> bool:
+    """Whether a convolution that `fn(*args)` shows has a kernel that depends on `args`."""
+    program = jax.make_jaxpr(fn)(*args).jaxpr
+    return _follow(program, [True] * len(program.invars))[0]
 
 
-def _rewritten(fn: Callable, needed: Callable[[Jaxpr], bool]) -> Callable:
+def _follow(program: Jaxpr, given: list[bool]) -> tuple[bool, list[bool]]:
+    """Whether a kernel depends on the inputs `given`, and which outputs do."""
+    known = {v for v, is_given in zip(program.invars, given) if is_given}
+    depends = lambda v: not isinstance(v, Literal) and v in known
+    found = False
+    for equation in program.eqns:
+        inputs = [depends(v) for v in equation.invars]
+        outputs = [any(inputs)] * len(equation.outvars)
+        if _is_convolution(equation):
+            found |= inputs[1]
+        elif equation.primitive.name in CALLS:
+            inside, outputs = _follow(inner_program(equation)[0], inputs)
+            found |= inside
+        known.update(v for v, is_known in zip(equation.outvars, outputs) if is_known)
+    return found, [depends(v) for v in program.outvars]
+
+
+def _rewritten(fn: Callable, slow: Callable[[Any], bool]) -> Callable:
     def rewritten(*args):
         closed, answer = jax.make_jaxpr(fn, return_shape=True)(*args)
         leaves = jtu.tree_leaves(args)
-        if needed(closed.jaxpr):
-            outs = _run(closed.jaxpr, closed.consts, leaves)
+        if _has(closed.jaxpr, slow):
+            outs = _run(closed.jaxpr, closed.consts, leaves, slow)
         else:
             outs = jaxpr_as_fun(closed)(*leaves)
         return jtu.tree_unflatten(jtu.tree_structure(answer), outs)
@@ -48,40 +66,42 @@ def _rewritten(fn: Callable, needed: Callable[[Jaxpr], bool]) -> Callable:
     return rewritten
 
 
-def _has(program: Jaxpr, searched: Callable[[Any], bool]) -> bool:
-    if any(searched(e) for e in program.eqns):
-        return True
-    calls = [e for e in program.eqns if e.primitive.name in CALLS]
-    return any(_has(inner_program(e)[0], searched) for e in calls)
+def _has(program: Jaxpr, slow: Callable[[Any], bool]) -> bool:
+    inner = [inner_program(e)[0] for e in program.eqns if e.primitive.name in CALLS]
+    return any(map(slow, program.eqns)) or any(_has(p, slow) for p in inner)
 
 
-def _has_convolution(program: Jaxpr) -> bool:
-    return _has(program, _is_convolution)
-
-
-def _has_slow(program: Jaxpr) -> bool:
-    return _has(program, lambda e: _is_convolution(e) or _is_slow_sum(e))
-
-
-def _is_convolution(equation) -> bool:
-    return equation.primitive.name == "conv_general_dilated"
-
-
-def _run(program: Jaxpr, consts, inputs) -> list[Array]:
+def _run(program: Jaxpr, consts, inputs, slow: Callable[[Any], bool]) -> list[Array]:
     values = dict(zip(program.constvars, consts)) | dict(zip(program.invars, inputs))
     value = lambda v: v.val if isinstance(v, Literal) else values[v]
     for equation in program.eqns:
         operands = [value(v) for v in equation.invars]
-        if _is_convolution(equation):
+        if slow(equation) and _is_convolution(equation):
             outs = [_convolution(*operands, **equation.params)]
-        elif _is_slow_sum(equation):
+        elif slow(equation):
             outs = [_sum(operands[0], equation.params["axes"])]
-        elif equation.primitive.name in CALLS and _has_slow(inner_program(equation)[0]):
-            outs = _run(*inner_program(equation), operands)
+        elif equation.primitive.name in CALLS and _has(inner_program(equation)[0], slow):
+            outs = _run_inside(program, equation, operands, slow)
         else:
             outs = apply(program, equation, operands)
         values.update(zip(equation.outvars, outs))
     return [value(v) for v in program.outvars]
+
+
+def _run_inside(program: Jaxpr, equation, operands, slow: Callable[[Any], bool]) -> list[Array]:
+    """A program inside the program: what is to be computed again for derivatives stays so."""
+    inner, consts = inner_program(equation)
+    if equation.primitive.name not in CHECKPOINTS:
+        return _run(inner, consts, operands, slow)
+    closed = jax.make_jaxpr(lambda *inputs: _run(inner, consts, inputs, slow))(*operands)
+    if closed.consts:
+        return _run(inner, consts, operands, slow)
+    again = equation.replace(params={**equation.params, "jaxpr": closed.jaxpr})
+    return apply(program, again, operands)
+
+
+def _is_convolution(equation) -> bool:
+    return equation.primitive.name == "conv_general_dilated"
 
 
 def _is_slow_sum(equation) -> bool:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.stats import chi2
 
 import influx as ix
 from influx._engine import ForwardMode, Layered, PerExample
@@ -227,33 +229,84 @@ def linear_problem(seed, n, precision, noise, dtype=jnp.float64):
 
 @given(seed=st.integers(0, 2**31 - 1), noise=st.sampled_from([0.1, 3.0]))
 def test_the_automatic_damping_finds_the_precision_that_weights_were_drawn_with(seed, noise):
-    """48 weights show it to a factor of exp(4 √(2/48)); K-FAC of a linear layer is exact."""
+    """48 of them show it to a factor of 48/χ²₄₈; K-FAC of a linear layer is exact."""
     n, precision = 2000, 5.0
     at, _, (X, y) = linear_problem(seed, n, precision, noise)
     least_squares = np.linalg.lstsq(np.asarray(X), np.asarray(y), rcond=None)[0].T
     l2 = 1e-3 * precision * noise**2 / n  # of so little as all the evidence is λ's
     risk = ix.EmpiricalRisk((X, y), ix.SquaredError(), l2=l2)
     damping = float(ix.KFAC().factor(risk, at(least_squares)).blocks[0].damping)
-    assert abs(np.log((l2 + damping) * n / noise**2 / precision)) < 4 * np.sqrt(2 / 48)
+    found = (l2 + damping) * n / noise**2 / precision
+    low, high = chi2.isf([1e-7, 1 - 1e-7], 48)
+    assert 48 / low < found < 48 / high
+
+
+@given(seed=st.integers(0, 2**31 - 1), l2=st.sampled_from([1e-4, 1e-2]))
+def test_the_automatic_damping_is_where_the_evidence_is_highest(seed, l2):
+    """Of ridge regression with known noise, the weights held, against SciPy's maximum."""
+    n, noise = 2000, 0.5
+    at, W, (X, y) = linear_problem(seed, n, 0.3, noise)
+    risk = ix.EmpiricalRisk((X, y), ix.SquaredError(), l2=l2)
+    factored = ix.KFAC().factor(risk, at(W))
+    variance = float(jnp.mean((jax.vmap(at(W))(X) - y) ** 2))
+    spectrum = np.repeat(np.linalg.eigvalsh(np.asarray(X).T @ np.asarray(X) / n), 4)
+
+    def evidence(log_precision):
+        floor = np.exp(log_precision)
+        of_prior = np.sum(np.log(floor) - np.log(spectrum + floor))
+        return of_prior / 2 - n * floor * np.sum(W**2) / (2 * variance)
+
+    best = np.exp(minimize_scalar(lambda x: -evidence(x), bounds=(-20, 5)).x)
+    assert float(factored.dampings[0]) == pytest.approx(max(best - l2, 0), rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("curvature", KFACS)
-@pytest.mark.parametrize("l2", [1e-6, 1e-3, 1e-1, 10.0])
-def test_the_automatic_damping_is_the_least_that_the_evidence_allows(curvature, l2):
+@pytest.mark.parametrize("kind", ["softmax", "squared"])
+@pytest.mark.parametrize("l2", [0.0, 1e-6, 1e-3, 10.0])
+@pytest.mark.parametrize("to", [float32, lambda tree: tree], ids=["float32", "float64"])
+def test_the_automatic_damping_is_the_least_that_the_evidence_allows(curvature, kind, l2, to):
     risk, model, _ = problem()
-    few = ix.EmpiricalRisk(risk.data, risk.loss, l2=l2, weights=risk.weights.at[:3].set(0.0))
-    factored = curvature().factor(few, model)
-    theta, _ = ravel(model)
-    damping = float(factored.dampings[0])
-    assert len(set(np.asarray(factored.dampings))) == 1
-    whole = np.stack([factored.matvec(unit) for unit in jnp.eye(theta.size)])
-    data = whole - (l2 + damping) * np.eye(theta.size)
-    dimension, points = np.trace(np.linalg.solve(whole, data)), N - 3
-    energy = N * (l2 + damping) * float(theta @ theta)
-    bound = dimension / (1 + dimension / points)
-    assert energy >= bound * (1 - 1e-6)
-    assert damping == 0 or energy == pytest.approx(bound, rel=1e-6)
-    assert (damping > 0) == (l2 < 1e-2)
+    X, y = risk.data
+    weights = 2 * risk.weights
+    leaves = jax.tree_util.tree_map(lambda x: (1 + x.ndim) * l2, eqx.filter(model, eqx.is_array))
+    if kind == "softmax":
+        few = ix.EmpiricalRisk((X, y), risk.loss, l2=leaves, weights=weights)
+    else:
+        target = jax.nn.one_hot(y, C, dtype=X.dtype)
+        few = ix.EmpiricalRisk((X, target), ix.SquaredError(), l2=leaves, weights=weights)
+    few, net = to(few), to(model)
+    factored = curvature().factor(few, net)
+    l2_of, theta = (np.asarray(v, float) for v in (few.l2_vector(net), ravel(net)[0]))
+    dampings = np.asarray(factored.dampings)
+    assert len(set(dampings)) == 1
+    damping = float(dampings[0])
+    values = np.concatenate([np.ravel(b.values) for b in factored.blocks]).astype(float)
+    undamped = curvature(damping=1.0).factor(
+        to(ix.EmpiricalRisk(few.data, few.loss, weights=few.weights)), net
+    )
+    data = np.concatenate([np.ravel(b.values) for b in undamped.blocks]).astype(float)
+    dimension, energy = np.sum(data / (values + damping)), N * np.sum((l2_of + damping) * theta**2)
+    total = float(jnp.sum(few.weights))
+    if kind == "softmax":
+        bound = dimension / (1 + dimension / total)
+    else:
+        residuals = np.asarray(jax.vmap(net)(few.data[0]) - few.data[1], float)
+        bound = dimension * (np.asarray(few.weights) @ np.sum(residuals**2, axis=1)) / (total * C)
+    assert energy >= bound * (1 - 1e-4)
+    assert damping == 0 or energy == pytest.approx(bound, rel=1e-4)
+    assert (damping > 0) == (l2 < 1)
+
+
+def test_a_point_of_twice_the_weight_is_two_points_to_the_automatic_damping():
+    risk, model, _ = problem()
+    twice = jax.tree_util.tree_map(lambda x: jnp.concatenate([x, x]), risk.data)
+    ways = (
+        ix.EmpiricalRisk(twice, risk.loss, l2=1e-4, weights=jnp.tile(risk.weights, 2)),
+        ix.EmpiricalRisk(risk.data, risk.loss, l2=2e-4, weights=2 * risk.weights),
+    )
+    one, other = (r.n * float(ix.EKFAC().factor(r, model).dampings[0]) for r in ways)
+    assert one == pytest.approx(other, rel=1e-6)
+    assert one > 0
 
 
 @pytest.mark.parametrize("curvature", KFACS)

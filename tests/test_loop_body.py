@@ -13,8 +13,9 @@ from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 
 import influx as ix
 from influx._chunks import chunked_map, chunked_sum
-from influx._loop_body import loop_body
-from influx._truth.retrain import most_lanes
+from influx._equations import CHECKPOINTS
+from influx._loop_body import channels_last, loop_body
+from influx._truth import retrain as retraining
 
 ORDERS = [("NCHW", "OIHW", "NCHW"), ("NHWC", "HWIO", "NHWC"), ("CNHW", "IHWO", "HNWC")]
 SETTINGS = {
@@ -159,18 +160,52 @@ def test_training_convolves_with_channels_last_and_differentiates_the_same(image
     assert all(map(is_last, inside))
 
 
-def test_networks_with_convolutions_are_retrained_one_after_another(images):
+def test_networks_with_convolutions_are_retrained_one_after_another(images, monkeypatch):
     risk, model = images
     masks = 1 - jnp.eye(8)[:3]
+    asked, program = [], retraining._program
+    watched = lambda *args: asked.append(args[-1]) or program(*args)
+    monkeypatch.setattr(retraining, "_program", watched)
     ways = [
         ix.leave_subset_out(risk, model, TRAINER, masks=masks, chunk_size=size)
         for size in (None, 3)
     ]
     np.testing.assert_allclose(*ways, rtol=1e-9, atol=1e-12)
+    one = 1 if jax.default_backend() == "cpu" else 25
+    assert asked == [one, 3]
     dense = eqx.nn.Linear(20, 3, key=jr.key(5))
     flat = ix.EmpiricalRisk((risk.data[0].reshape(8, 20), risk.data[1]), risk.loss)
-    assert most_lanes(flat, dense) > 1
-    assert most_lanes(risk, model) == 1
+    assert retraining.most_lanes(flat, dense) == 25
+    assert retraining.most_lanes(*ix.restrict(risk, model, lambda m: m.convolution)) == one
+    # A frozen kernel is one for all lanes.
+    assert retraining.most_lanes(*ix.restrict(risk, model, lambda m: m.head)) == 25
+
+
+def test_what_is_to_be_computed_again_stays_so(images):
+    _, model = images
+    x = jr.normal(jr.key(6), (1, 5, 4))
+    again = jax.checkpoint(lambda kernel: jnp.sum(jnp.tanh(model.convolution(x) * kernel) ** 2))
+    fn = jax.grad(lambda k: again(k) ** 2)
+    kernel = jnp.asarray(0.7)
+    program = jax.make_jaxpr(channels_last(fn))(kernel).jaxpr
+    inside = [
+        p
+        for e in program.eqns
+        if e.primitive.name in CHECKPOINTS
+        for p in jaxprs_in_params(e.params)
+    ]
+    assert inside
+    found = [c for p in inside for c in convolutions(p)]
+    assert found
+    assert all(map(is_last, convolutions(program)))
+    np.testing.assert_allclose(channels_last(fn)(kernel), fn(kernel), rtol=1e-9)
+
+
+def test_what_has_no_convolution_is_trained_as_it_is_written():
+    fn = lambda x: jnp.sum(x**2, axis=0)
+    x = jnp.ones((3, 2))
+    assert str(jax.make_jaxpr(channels_last(fn))(x)) == str(jax.make_jaxpr(fn)(x))
+    assert str(jax.make_jaxpr(loop_body(fn))(x)) != str(jax.make_jaxpr(fn)(x))
 
 
 def sums(program) -> list:

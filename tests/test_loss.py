@@ -543,6 +543,9 @@ class WithHessian(AbstractLoss):
     def draw(self, key, output):
         return self.loss.draw(key, output)
 
+    def residuals(self, output):
+        return self.loss.residuals(output)
+
     def class_logits(self, output):
         return self.loss.class_logits(output)
 

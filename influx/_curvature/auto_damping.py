@@ -1,7 +1,5 @@
 """The damping that `damping="auto"` stands for."""
 
-import math
-
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -9,61 +7,74 @@ from jaxtyping import Array, Float
 from scipy.optimize import root_scalar
 
 from .._checks import is_concrete
-from .._custom_types import Model
+from .._chunks import chunked_sum
+from .._custom_types import Model, Scalar
 from .._linalg import ravel
-from .._loss import SquaredError
 from .._risk import EmpiricalRisk
 from .kronecker import EigenBlock
 
 _STEPS = 1000  # more than bisection to the last digit takes
+_BLOCK = 512  # examples whose losses are taken at a time
 
 
 def auto_damping(
     blocks: list[EigenBlock], penalties: list[Array], risk: EmpiricalRisk, model: Model
 ) -> Array:
-    """The least λ ≥ 0 at which the weights are as large as the evidence for l2 + λ wants them,
+    """The least λ ≥ 0 at which the energy of the trained weights is what the data decide of them,
 
-        n θᵀ(diag l2 + λI)θ ≥ φ d/(1 + d/N),   d = tr F(F + diag l2 + λI)⁻¹.
+        n θᵀ(diag l2 + λI)θ ≥ d/(1 + d/N),   d = tr F(F + diag l2 + λI)⁻¹,
 
-    F are the eigenvalues of the data part, `penalties` those of l2. With λI added to ∇²Ω, exp(−nJ/φ) has
-    a Gaussian prior of precision n(l2 + λ)/φ. Where the evidence for that is highest, the energy of the
-    weights under it is the effective dimension d (MacKay, "A practical Bayesian framework for
-    backpropagation networks", 1992; by Kronecker factors Immer et al., arXiv:2104.04975). d adds up the
-    leverages of the N points of positive weight. By a curvature that hardly knows the point in question
-    one comes out as x, by one that does as x/(1 + x): for equal leverages, d becomes d/(1 + d/N).
+    F the eigenvalues of the data part, `penalties` those of l2, N = Σ wᵢ. exp(−nJ) has a Gaussian prior
+    of precision n(l2 + λ). Where no common factor of it raises the evidence (with one l2 for all: where
+    no other λ does) its energy is the effective dimension d (MacKay, "A practical Bayesian framework for
+    backpropagation networks", 1992; for networks of today Immer et al., arXiv:2104.04975). The weights
+    are taken as they are: at the maximum they would be smaller and λ larger, the more so the less the
+    data decide. Layer-norm gains and what is left of initial weights count as well (Antorán et al.,
+    arXiv:2206.08900).
 
-    φ is 1, the loss being a negative log-likelihood, but for squared error, where it is the variance of
-    the residuals. Where l2 and λ leave a block singular to rounding, λ, one for all blocks, is that
-    block's `rounding_floor`.
+    EK-FAC's d adds up the points' leverages in a basis that hardly knows any one of them: an output
+    direction comes out as x where a matrix of the point itself says x/(1 + x). The sum of those is at
+    most d/(1 + d/N), and just that for equal leverages. That a point counts for one direction, however
+    many outputs or places it has, is a choice, held to retraining in docs/how-to-choose.md.
+
+    For squared error the right side is σ²d, σ² = Σ wᵢ‖rᵢ‖²/(N K) over the K residuals of each point. The
+    noise is that over 1 − d′/(N K), d′ = d/(1 + d/(N K)) being lost to the fit: d′ times it is σ²d.
+
+    Where l2 and λ leave a block singular to rounding, λ, one for all blocks, is its `rounding_floor`.
     """
     if not is_concrete((blocks, penalties, risk.weights, model)):
         raise ValueError(
             'damping="auto" looks at eigenvalues, and inside `jax.jit`, `jax.vmap` or `jax.grad` there '
             "are none yet. Give the damping as a number, or call `influence` outside."
         )
-    points = int(np.sum(np.asarray(risk.weights) > 0))
     theta, l2 = (np.asarray(x, np.float64) for x in (ravel(model)[0], risk.l2_vector(model)))
     values, penalty = (
         np.concatenate([np.asarray(x, np.float64).ravel() for x in parts])
         for parts in ([b.values for b in blocks], penalties)
     )
     data = np.maximum(values - penalty, 0)
-    dispersion = _dispersion(risk, model)
+    variance, points = _variance(risk, model), float(np.sum(np.asarray(risk.weights, np.float64)))
+
+    held, size = float(np.sum(l2 * theta**2)), float(np.sum(theta**2))
 
     def excess(damping: float) -> float:
         dimension = np.sum(data / np.where(data > 0, values + damping, 1))
-        energy = risk.n * np.sum((l2 + damping) * theta**2)
-        return energy - dispersion * dimension / (1 + dimension / points)
+        decided = dimension / (1 + dimension / points) if variance is None else variance * dimension
+        return risk.n * (held + damping * size) - decided
 
-    found = 0.0
-    if excess(0.0) < 0:
-        size = float(np.sum(theta**2))
+    found, undamped = 0.0, excess(0.0)
+    if not np.isfinite(undamped):
+        raise ValueError(
+            'damping="auto" is read off parameters, losses and eigenvalues, and some are NaN or '
+            "overflow at this model. Mend that, or give the damping as a number."
+        )
+    if undamped < 0:
         if not size > 0:
             raise ValueError(
                 'damping="auto" is read off the size of the parameters, and all of them are 0. Train '
                 "the model, or give the damping as a number."
             )
-        high = dispersion * points / (risk.n * size)  # there the energy is φN
+        high = -undamped / (risk.n * size)  # there the energy alone has made up for it
         found = root_scalar(
             excess, bracket=(0.0, high), xtol=np.finfo(float).tiny, maxiter=_STEPS
         ).root
@@ -72,13 +83,18 @@ def auto_damping(
     return jnp.asarray(max([found, *short]), blocks[0].values.dtype)
 
 
-def _dispersion(risk: EmpiricalRisk, model: Model) -> float:
-    """φ, of which −nJ/φ is the logarithm of a posterior."""
-    if not isinstance(risk.loss, SquaredError):
-        return 1.0
-    loss = eqx.filter_jit(lambda risk, model: risk.mean(risk.losses(model)))(risk, model)
-    numbers = math.prod(risk.output_struct(model).shape) * float(jnp.sum(risk.weights))
-    return 2 * risk.n * float(loss) / numbers
+def _variance(risk: EmpiricalRisk, model: Model) -> float | None:
+    """The mean square of the residuals, of a loss whose noise has a size of its own; else none."""
+    residuals = risk.loss.residuals(risk.output_struct(model))
+    if residuals == 0:
+        return None
+    return 2 * float(_sum_of_losses(risk, model)) / (residuals * float(jnp.sum(risk.weights)))
+
+
+@eqx.filter_jit
+def _sum_of_losses(risk: EmpiricalRisk, model: Model) -> Scalar:
+    block = lambda args: jnp.vdot(risk.losses(model, args[0]), args[1])
+    return chunked_sum(block, (risk.data, risk.weights), _BLOCK)
 
 
 def rounding_floor(

@@ -132,13 +132,13 @@ class KFAC(AbstractKroneckerFactored):
       `"sampled"` at `draws` of them drawn with `key`, `"empirical"` at the given targets. For influx's
       own losses, "exact" is the same matrix as "ggn" at the same cost; class weights enter it squared,
       and a mean over T places as 1/T², where the Hessian of such a loss has weights and 1/T.
-    - `damping`: λ of H + λI, or `"auto"`: the least λ ≥ 0 at which the trained weights are as large as
-      the evidence wants them under l2 + λ (MacKay, 1992), n θᵀ(diag l2 + λI)θ ≥ φ d/(1 + d/N), with the
-      effective dimension d = tr F(F + diag l2 + λI)⁻¹ of the data part F, N points of positive weight,
-      and φ = 1, or for `SquaredError` the variance of the residuals. Any other loss is taken for a
-      negative log-likelihood, a mean over T places for that of one: with a scale of its own, give a
-      number. Never less than the rounding of eigenvalues that l2 leaves at 0. Held to retraining in
-      `docs/how-to-choose.md`.
+    - `damping`: λ of H + λI, or `"auto"`: the least λ ≥ 0 at which the energy of the trained weights is
+      what the data decide of them, n θᵀ(diag l2 + λI)θ ≥ d/(1 + d/N) with the effective dimension
+      d = tr F(F + diag l2 + λI)⁻¹ of the data part F and N = Σ wᵢ: MacKay's condition (1992), a point
+      counting for one direction. For `SquaredError` the right side is d times the residuals' variance: a
+      fit without residuals gets no λ. Any other loss is taken for a point's negative log-likelihood, a
+      mean over T places for that of one: with a scale of its own, give a number. Never less than the
+      rounding of eigenvalues that l2 leaves at 0. Held to retraining in `docs/how-to-choose.md`.
     - `tolerance`: relative root mean square error aimed at for a layer's scores, 0 for none: layers
       are then scored at the coordinates of their eigenbasis that outweigh l2 and damping, or, applied
       once an example, by few products of small matrices (P13e), whichever takes fewer products.

@@ -67,6 +67,11 @@ class AbstractLoss(eqx.Module):
         """
 
     @abc.abstractmethod
+    def residuals(self, output: jax.ShapeDtypeStruct) -> int:
+        """Of how many residuals ℓ = ½ Σ r² is made, for an output of that shape, if the size of their
+        noise is for the data to say; 0 for a negative log-likelihood as it stands."""
+
+    @abc.abstractmethod
     def class_logits(self, output: Array) -> Float[Array, " C"]:
         """The output as the logits of C classes; `ValueError` where it is no single classifier."""
 

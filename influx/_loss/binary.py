@@ -47,6 +47,9 @@ class BinaryCrossEntropy(AbstractLoss):
     def draw(self, key, output):
         return jr.bernoulli(key, jnn.sigmoid(output)).astype(jnp.int32)
 
+    def residuals(self, output):
+        return 0
+
     def class_logits(self, output):
         if output.size != 1:
             raise ValueError(

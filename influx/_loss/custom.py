@@ -67,6 +67,9 @@ class CustomLoss(AbstractLoss):
             )
         return self.sample(key, output)
 
+    def residuals(self, output):
+        return 0
+
     def class_logits(self, output):
         if self.logits is None:
             raise ValueError(

@@ -140,6 +140,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
     def draw(self, key, output):
         return jr.categorical(key, output, axis=-1)
 
+    def residuals(self, output):
+        return 0
+
     def class_logits(self, output):
         if output.ndim != 1:
             raise ValueError(

@@ -14,7 +14,7 @@ from .._checks import check_chunk
 from .._chunks import chunk_length, chunked_map, leading_length, take
 from .._custom_types import Model
 from .._linalg import ravel
-from .._loop_body import has_convolution
+from .._loop_body import has_kernel_of
 from .._train import AbstractTrainer, Trained, check_trainer
 from .._train.base import Objective, flat
 
@@ -85,10 +85,10 @@ def retrain(
 
 
 def most_lanes(objective: Retrainable, model: Model) -> int:
-    """One where a convolution has as many kernels as lanes: on a CPU they take three times as long at
-    once as one after another."""
+    """One where each lane would have kernels of its own: on a CPU, convolutions with them are slower at
+    once than one after another."""
     fn, theta, _ = flat(objective, model, None)
-    slow = jax.default_backend() == "cpu" and has_convolution(fn, theta)
+    slow = jax.default_backend() == "cpu" and has_kernel_of(fn, theta)
     return 1 if slow else _MOST_LANES
 
 
