@@ -29,8 +29,8 @@ def auto_damping(
     no other λ does) its energy is the effective dimension d (MacKay, "A practical Bayesian framework for
     backpropagation networks", 1992; for networks of today Immer et al., arXiv:2104.04975). The weights
     are taken as they are: at the maximum they would be smaller and λ larger, the more so the less the
-    data decide. Layer-norm gains and what is left of initial weights count as well (Antorán et al.,
-    arXiv:2206.08900).
+    data decide; near 0 they make λ large without bound. Layer-norm gains and what is left of initial
+    weights count as well (Antorán et al., arXiv:2206.08900).
 
     EK-FAC's d adds up the points' leverages in a basis that hardly knows any one of them: an output
     direction comes out as x where a matrix of the point itself says x/(1 + x). The sum of those is at
