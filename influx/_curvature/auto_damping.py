@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 from scipy.optimize import root_scalar
@@ -9,8 +10,7 @@ from scipy.optimize import root_scalar
 from .._checks import is_concrete
 from .._chunks import chunked_sum
 from .._custom_types import Model, Scalar
-from .._linalg import ravel
-from .._risk import EmpiricalRisk
+from .._risk import EmpiricalRisk, l2_tree
 from .kronecker import EigenBlock
 
 _STEPS = 1000  # more than bisection to the last digit takes
@@ -47,7 +47,6 @@ def auto_damping(
             'damping="auto" looks at eigenvalues, and inside `jax.jit`, `jax.vmap` or `jax.grad` there '
             "are none yet. Give the damping as a number, or call `influence` outside."
         )
-    theta, l2 = (np.asarray(x, np.float64) for x in (ravel(model)[0], risk.l2_vector(model)))
     values, penalty = (
         np.concatenate([np.asarray(x, np.float64).ravel() for x in parts])
         for parts in ([b.values for b in blocks], penalties)
@@ -55,7 +54,10 @@ def auto_damping(
     data = np.maximum(values - penalty, 0)
     variance, points = _variance(risk, model), float(np.sum(np.asarray(risk.weights, np.float64)))
 
-    held, size = float(np.sum(l2 * theta**2)), float(np.sum(theta**2))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    l2 = np.asarray([float(x) for x in jtu.tree_leaves(l2_tree(risk.l2, params))])
+    squares = [np.sum(np.square(np.asarray(x, np.float64))) for x in jtu.tree_leaves(params)]
+    held, size = float(l2 @ squares), float(np.sum(squares))
 
     def excess(damping: float) -> float:
         dimension = np.sum(data / np.where(data > 0, values + damping, 1))
