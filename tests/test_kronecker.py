@@ -325,8 +325,11 @@ def test_no_l2_is_exceeded_by_the_floor_of_the_automatic_damping(curvature, dtyp
     assert 0 < float(blocks[0].damping) <= 33 * unit * top
 
 
-def test_the_automatic_damping_of_parameters_that_are_all_zero_is_refused():
+def test_the_automatic_damping_of_zero_parameters_or_infinite_losses_is_refused():
     at, W, data = linear_problem(0, 40, 1.0, 1.0)
+    X, y = linear_problem(0, 40, 1.0, 1.0, jnp.float32)[2]
+    with pytest.raises(ValueError, match="NaN or overflow"):
+        ix.EKFAC().factor(ix.EmpiricalRisk((X, y + 1e30), ix.SquaredError()), float32(at(W)))
     with pytest.raises(ValueError, match="all of them are 0"):
         ix.EKFAC().factor(ix.EmpiricalRisk(data, ix.SquaredError()), at(0 * W))
 

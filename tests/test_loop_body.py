@@ -15,6 +15,7 @@ import influx as ix
 from influx._chunks import chunked_map, chunked_sum
 from influx._equations import CHECKPOINTS
 from influx._loop_body import channels_last, loop_body
+from influx._response.reverse import _back
 from influx._truth import retrain as retraining
 
 ORDERS = [("NCHW", "OIHW", "NCHW"), ("NHWC", "HWIO", "NHWC"), ("CNHW", "IHWO", "HNWC")]
@@ -155,9 +156,13 @@ def test_training_convolves_with_channels_last_and_differentiates_the_same(image
     steps = [
         e for e in jax.make_jaxpr(train)(risk.weights).jaxpr.eqns if e.primitive.name == "scan"
     ]
-    inside = [c for e in steps for p in jaxprs_in_params(e.params) for c in convolutions(p)]
-    assert inside
-    assert all(map(is_last, inside))
+    start = TRAINER.start(params)
+    back = lambda carry: _back(TRAINER, risk, static, carry, start, jnp.arange(4))
+    backwards = jax.make_jaxpr(back)((start, jnp.zeros(8))).jaxpr
+    for programs in ([p for e in steps for p in jaxprs_in_params(e.params)], [backwards]):
+        inside = [c for p in programs for c in convolutions(p)]
+        assert inside
+        assert all(map(is_last, inside))
 
 
 def test_networks_with_convolutions_are_retrained_one_after_another(images, monkeypatch):

@@ -162,11 +162,13 @@ class KFAC(AbstractKroneckerFactored):
     `RuntimeError` for one whose Hessian in the output is not positive semi-definite with `"ggn"`.
 
     **Cost:** one pass over the data with as many backward passes as cotangents: C − 1 for C classes, at
-    each place that has some, as many as outputs for other losses, `draws`, or one; O(l³ + r³) a layer.
+    each place that has some, as many as outputs for other losses, `draws`, or one; O(l³ + r³) a layer;
+    `"auto"` with squared error takes one forward pass more.
 
     **Source:** Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate
     Curvature", arXiv:1503.05671; Grosse & Martens (convolutions), arXiv:1602.01407; Eschenhagen et
-    al. (weight sharing), arXiv:2311.00636.
+    al. (weight sharing), arXiv:2311.00636; MacKay, "A practical Bayesian framework for backpropagation
+    networks", 1992 (`"auto"`).
     """
 
     def eigenvalues(self, risk, model, blocks):

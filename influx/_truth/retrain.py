@@ -66,12 +66,12 @@ def retrain(
     check_settings(trainer, outcome, chunk_size)
     chunk_size = check_chunk(chunk_size)
     outcome = parameters if outcome is None else outcome
-    outcomes, pending, most = None, np.arange(leading_length(lanes)), most_lanes(risk, model)
+    outcomes, pending = None, np.arange(leading_length(lanes))
+    most = most_lanes(risk, model) if chunk_size is None else chunk_size
     trained = None
     for attempt in trainer.attempts():
         theta, _ = ravel(model)
-        chunk = chunk_length(attempt.items(risk, model), theta.dtype, chunk_size)
-        chunk = chunk if chunk_size is not None else min(chunk, most)
+        chunk = min(most, chunk_length(attempt.items(risk, model), theta.dtype, chunk_size))
         part = take(lanes, pending)
         answers, trained = _program(attempt, risk, model, weigh, part, typical, outcome, chunk)
         put = lambda old, new, rows=pending: old.at[rows].set(new)
