@@ -37,9 +37,9 @@ def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, mo
     """Λ = (1/n) Σ wᵢ (Q_lᵀ G Q_r)² over gradients G: the diagonal of the matrix that is approximated, in
     the eigenbasis."""
 
-    def squares(parts, weights):
+    def squares(parts, _):
         rows = [jax.vmap(b.layer.rows)(part) for b, part in zip(blocks, parts)]
-        return [_squares(b, row, weights) for b, row in zip(blocks, rows)]
+        return [_squares(b, row) for b, row in zip(blocks, rows)]
 
     def alive(layer, parts):
         rows = jax.eval_shape(layer.rows, parts)
@@ -54,17 +54,17 @@ def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, mo
     return [total / risk.n for total in totals]
 
 
-def _squares(block: EigenBlock, rows: Rows, weights):
-    """Σ wᵢ (Q_lᵀ (Σ_t left ⊗ right) Q_r)² over examples and cotangents, [S, l, r]."""
+def _squares(block: EigenBlock, rows: Rows):
+    """Σ (Q_lᵀ (Σ_t left ⊗ right) Q_r)² over examples and cotangents, [S, l, r]."""
     if rows.indexed and not _is_short(block.layer, rows):
-        return _squares_of_table(block.layer, block.rotate_rows(rows), weights)
+        return _squares_of_table(block.layer, block.rotate_rows(rows))
     if rows.is_rank_one:
         rows = block.rotate_rows(rows)
-        left = jnp.sum(jnp.square(rows.left[:, :, :, 0]), axis=1)  # [b, S, l]
+        left = einsum("bksl,bksl->bsl", rows.left[:, :, :, 0], rows.left[:, :, :, 0])
         right = jnp.square(rows.right[:, 0, :, 0])
-        return einsum("b,bsl,bsr->slr", weights, left, right)
+        return einsum("bsl,bsr->slr", left, right)
     gradients = jax.vmap(block.gradient)(rows)
-    return einsum("b,bkslr,bkslr->slr", weights, gradients, gradients)
+    return einsum("bkslr,bkslr->slr", gradients, gradients)
 
 
 def _is_short(layer: Layer, rows: Rows) -> bool:
@@ -72,12 +72,12 @@ def _is_short(layer: Layer, rows: Rows) -> bool:
     return not rows.indexed or layer.shape[2] <= rows.right.shape[-1]
 
 
-def _squares_of_table(layer: Layer, rows: Rows, weights):
+def _squares_of_table(layer: Layer, rows: Rows):
     """The same for one-hot rows: (Σ_t g_t)² over the places t of a row is Σ_t g_t (Σ_t' g_t')."""
     ids = rows.right[:, 0]  # [b, S, T]
     same = (ids[..., :, None] == ids[..., None, :]).astype(rows.left.dtype)
     together = einsum("bsuv,bksvl->bksul", same, rows.left)
-    parts = einsum("b,bksul,bksul->sbul", weights, rows.left, together)
+    parts = einsum("bksul,bksul->sbul", rows.left, together)
     _, l, r = layer.shape
     add = lambda i, x: jnp.zeros((r, l), x.dtype).at[i].add(x, mode="drop")
     return jax.vmap(add)(jnp.moveaxis(ids, 1, 0), parts).swapaxes(1, 2)

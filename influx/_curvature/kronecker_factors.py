@@ -79,25 +79,23 @@ def _shared(rows: Rows, sharing: str) -> Rows:
 
 
 def _moments(layer: Layer, turn: int, rows: Rows, weights):
-    """Σ wᵢ Σ left leftᵀ and the mean over places of right rightᵀ, of a chunk of examples."""
+    """Σ left leftᵀ, wᵢ contained, and Σ wᵢ of the mean over places of right rightᵀ, of a chunk of
+    examples."""
     of_left, of_right = layer.dense[::turn]
-    left = _second_moment(rows.left, weights, of_left)
+    left = _second_moment(rows.left, of_left)
     if rows.indexed:
         counts = _counts(rows.right, weights, layer.shape[1:][::turn][1]) / rows.right.shape[-1]
         return left, jax.vmap(jnp.diag)(counts) if of_right else counts
     terms = rows.right.shape[1] * rows.right.shape[3]
-    return left, _second_moment(rows.right, weights / terms, of_right)
+    root = jnp.sqrt(weights / terms)[:, None, None, None, None]
+    return left, _second_moment(root * rows.right, of_right)
 
 
-def _second_moment(x: Float[Array, "b k S T d"], weights, dense: bool):
-    """Σ wᵢ x xᵀ over examples, cotangents and places, in strips of [S, d, d], or its diagonal
-    [S, d]."""
+def _second_moment(x: Float[Array, "b k S T d"], dense: bool):
+    """Σ x xᵀ over examples, cotangents and places, in strips of [S, d, d], or its diagonal [S, d]."""
     b, k, S, T, d = x.shape
     rows = jnp.moveaxis(x, 2, 0).reshape(S, b * k * T, d)
-    w = jnp.repeat(weights, k * T)
-    if not dense:
-        return einsum("n,snd->sd", w, jnp.square(rows))
-    return gram_strips(rows, w)
+    return gram_strips(rows) if dense else einsum("snd,snd->sd", rows, rows)
 
 
 def _counts(places, weights, width: int):
