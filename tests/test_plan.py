@@ -329,3 +329,21 @@ def test_a_chunk_takes_at_most_twice_what_it_takes_with_one_query(live, passing,
     many, one = chosen(m), chosen(1)
     assert many.points == one.points == even_length(n, chunk_size)
     assert many.peak <= max(BYTE_BUDGET, 2 * one.peak)
+
+
+@settings(max_examples=300)
+@given(
+    fixed=st.sampled_from([0.0, 1e6, 1e8]),
+    held=BYTES,
+    passing=st.sampled_from([8.0, 1e5, 7e6]),
+    m=st.sampled_from([1, 7, 1000]),
+)
+def test_all_queries_are_taken_at_once_where_they_fit_one_made_ready_at_a_time(
+    fixed, held, passing, m
+):
+    cost = Cost(flops=Parts(point=1e9), live=Parts(fixed, held + passing, 8.0, 8.0))
+    way = Alternative(lambda ways, points: None, (Piece(("all",), "a way", cost, held, passing),))
+    found = choose((way,), Limits(), m, 300, 0, np.float32)
+    if fixed + m * held + max(passing, 8.0 * (1 + m)) <= BYTE_BUDGET:
+        assert found.queries == m
+        assert found.peak <= BYTE_BUDGET

@@ -18,7 +18,7 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
     Where damping or penalty outweighs Λ_c a coordinate hardly counts. Those that count least are left
     out: their share is the squared relative root mean square error of scores, kept below `tolerance`².
     A gradient need not be an outer product: W may be shared between places. Their number is rounded up
-    to a half, an eighth, a thirty-second … of all, so that a refit seldom means another program.
+    to a half, a third, a sixth, a twelfth … of all, so that a refit seldom means another program.
     """
     values, l2 = (np.asarray(x, np.float64) for x in (block.values, penalties))
     curved = np.maximum(values - l2, 0)
@@ -35,5 +35,6 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
 
 
 def _sizes(size: int) -> list[int]:
-    """A half of `size`, an eighth, a thirty-second …: down to 1, the largest first."""
-    return [math.ceil(size / 2**k) for k in range(1, size.bit_length() + 2, 2)]
+    """A half of `size`, a third, a sixth, a twelfth …: down to 1, the largest first."""
+    halvings = range(size.bit_length())
+    return [math.ceil(size / 2), *(math.ceil(size / (3 * 2**k)) for k in halvings)]

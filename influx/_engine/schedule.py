@@ -152,7 +152,7 @@ def _settled(one: Alternative, limits, m: int, n: int, q: int, scores: Cost) -> 
     most = n if one.whole else MOST_POINTS
     b = _points(held, live, limits, n, q, most)
     of_points = b * (live.point + q * live.pair)
-    p = _prepare_length(passing, max(of_points, limits.bytes - q * held), q)
+    p = _prepare_length(passing, max(of_points, limits.bytes - live.fixed - q * held), q)
     rows = tuple(Row(r.paths, r.way, r.flops(m, n, q), r.moved(m, n, q, b)) for r in pieces)
     total = sum(row.flops + BALANCE * row.bytes for row in rows)
     total += _STEP * len(pieces) * (-(-m // q) * -(-n // b) + -(-m // p))
