@@ -64,11 +64,14 @@ def each_times(rows: Array, matrices: Array) -> Array:
 _STRIPS, _WIDE = 3, 256
 
 
-def gram_strips(rows: Float[Array, "S n d"]) -> list[Float[Array, "S _ _"]]:
-    """Σ x xᵀ over rows x, in strips of the matrix from its diagonal on: ⅔ of the work for three."""
+def gram_strips(
+    weighted: Float[Array, "S n d"], rows: Float[Array, "S n d"]
+) -> list[Float[Array, "S _ _"]]:
+    """Σ w x xᵀ over rows x, given w x and x, in strips of the matrix from its diagonal on: ⅔ of the work
+    for three."""
     d = rows.shape[-1]
     edges = [0, d] if d < _WIDE else [d * i // _STRIPS for i in range(_STRIPS + 1)]
-    strip = lambda a, b: einsum("snd,sne->sde", rows[..., a:b], rows[..., a:])
+    strip = lambda a, b: einsum("snd,sne->sde", weighted[..., a:b], rows[..., a:])
     return [strip(a, b) for a, b in pairwise(edges)]
 
 

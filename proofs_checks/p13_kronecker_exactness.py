@@ -21,7 +21,7 @@ STATEMENT
         s and t the factors' eigenvalues, and no fewer do (of a multiple of four: none by four).
     (f) The coordinates c of the eigenbasis that are kept leave out at most the share `tolerance`:
             Σ_{c left out} (Λ_c R_c)² ≤ tolerance² Σ_c (Λ_c R_c)²,
-        and less than half of them do not (a half, a third, a quarter … of all are kept, or all). If
+        and less than half of them do not (a half, a third, a sixth … of all are kept, or all). If
         the coordinates of two gradients v, v' are uncorrelated, of mean squares Λ_c and independent of
         one another, it is the mean square of the error of vᵀRv' over that of vᵀRv'.
     (g) Uncorrelated in fourth order: where no place is shared and every entry of aaᵀ is uncorrelated,

@@ -6,6 +6,7 @@ Their matrices are held against NumPy in `test_curvature.py` and in P13; here, w
 import functools
 import re
 import warnings
+from itertools import pairwise
 
 import equinox as eqx
 import jax
@@ -19,6 +20,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import chi2
 
 import influx as ix
+from influx._curvature.truncated import _sizes as truncated_sizes
 from influx._engine import ForwardMode, Layered, PerExample
 from influx._gradients import map_gradients
 from influx._linalg import from_strips, gram_strips, ravel
@@ -125,11 +127,19 @@ def test_every_way_of_scoring_gives_the_same_scores():
 @pytest.mark.parametrize("width", [0, 3, 255, 256, 258])
 def test_a_gram_matrix_of_strips_is_that_of_all_rows(width):
     rng = np.random.default_rng(width)
-    rows = rng.normal(size=(2, 7, width))
-    want = np.stack([x.T @ x for x in rows])
-    got = from_strips(gram_strips(jnp.asarray(rows)))
+    rows, weights = rng.normal(size=(2, 7, width)), rng.uniform(size=(7, 1))
+    want = np.stack([x.T @ (weights * x) for x in rows])
+    got = from_strips(gram_strips(jnp.asarray(weights * rows), jnp.asarray(rows)))
     np.testing.assert_allclose(got, want, atol=1e-13)
     np.testing.assert_array_equal(got, got.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 12, 4160, 71_242])
+def test_few_numbers_of_coordinates_are_in_use(size):
+    sizes = truncated_sizes(size)
+    assert (sizes[0], sizes[-1]) == (-(-size // 2), 1)
+    assert all(2 * after >= before >= after for before, after in pairwise(sizes))
+    assert len(sizes) <= np.ceil(np.log2(size)) + 2
 
 
 @settings(max_examples=5)
@@ -348,6 +358,25 @@ def test_a_weight_is_a_multiplicity_and_zero_is_absence():
         for r in (twice, heavy)
     ]
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-8)
+
+
+@pytest.mark.parametrize("curvature", [ix.KFAC(damping=0.1), ix.EKFAC(damping=0.1)])
+def test_curvature_has_a_derivative_in_a_weight_of_zero(curvature):
+    risk, model, _ = problem()
+    theta, _ = ravel(model)
+    v = jr.normal(jr.key(0), theta.shape)
+
+    def along(weights):
+        return jnp.vdot(v, curvature.factor(risk.with_weights(weights), model).matvec(v))
+
+    absent = jnp.ones(N).at[0].set(0.0)
+    step = 1e-4 * jnp.eye(N)[0]
+    at = [along(absent + k * step) for k in range(3)]
+    if isinstance(curvature, ix.KFAC):  # eigenvectors have no derivative where eigenvalues coincide
+        want = (-3 * at[0] + 4 * at[1] - at[2]) / 2e-4
+        np.testing.assert_allclose(jax.grad(along)(absent)[0], want, rtol=1e-6)
+    # Weights that are known to be 1 are not multiplied by: the same matrix.
+    np.testing.assert_allclose(along(jnp.ones(N)), jax.jit(along)(jnp.ones(N)), rtol=1e-10)
 
 
 def test_a_sampled_fisher_tends_to_the_exact_one():

@@ -12,7 +12,7 @@ from .._taps import Layer, Rows
 from .fisher import Fisher
 from .ggn import GaussNewton
 from .kronecker import EigenBlock, Kronecker
-from .kronecker_rows import sum_over_examples, watched
+from .kronecker_rows import has_unit_weights, sum_over_examples, watched, weighted
 
 
 @eqx.filter_jit
@@ -32,14 +32,17 @@ def _penalty_diagonals(risk: EmpiricalRisk, model, blocks):
     return [b.rotate(part) for b, part in zip(squared, parts)]
 
 
-@eqx.filter_jit
 def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, model):
     """Λ = (1/n) Σ wᵢ (Q_lᵀ G Q_r)² over gradients G: the diagonal of the matrix that is approximated, in
     the eigenbasis."""
+    return _second_moments(fisher, blocks, risk, model, has_unit_weights(risk))
 
-    def squares(parts, _):
+
+@eqx.filter_jit
+def _second_moments(fisher, blocks, risk: EmpiricalRisk, model, unit: bool):
+    def squares(parts, weights):
         rows = [jax.vmap(b.layer.rows)(part) for b, part in zip(blocks, parts)]
-        return [_squares(b, row) for b, row in zip(blocks, rows)]
+        return [_squares(b, row, weights) for b, row in zip(blocks, rows)]
 
     def alive(layer, parts):
         rows = jax.eval_shape(layer.rows, parts)
@@ -50,21 +53,22 @@ def second_moments(fisher: GaussNewton | Fisher, blocks, risk: EmpiricalRisk, mo
             return joined + 2 * rows.left.shape[0] * layer.size
         return joined + rows.left.size + rows.right.shape[-2] * rows.right.shape[-1] ** 2
 
-    totals = sum_over_examples(squares, fisher, risk, watched(risk, model), alive)
+    totals = sum_over_examples(squares, fisher, risk, watched(risk, model), alive, unit=unit)
     return [total / risk.n for total in totals]
 
 
-def _squares(block: EigenBlock, rows: Rows):
-    """Σ (Q_lᵀ (Σ_t left ⊗ right) Q_r)² over examples and cotangents, [S, l, r]."""
+def _squares(block: EigenBlock, rows: Rows, weights):
+    """Σ wᵢ (Q_lᵀ (Σ_t left ⊗ right) Q_r)² over examples and cotangents, [S, l, r]."""
     if rows.indexed and not _is_short(block.layer, rows):
-        return _squares_of_table(block.layer, block.rotate_rows(rows))
+        return _squares_of_table(block.layer, block.rotate_rows(rows), weights)
     if rows.is_rank_one:
         rows = block.rotate_rows(rows)
+        # As a product: a sum of squares would be one of a matrix that is turned round for it.
         left = einsum("bksl,bksl->bsl", rows.left[:, :, :, 0], rows.left[:, :, :, 0])
         right = jnp.square(rows.right[:, 0, :, 0])
-        return einsum("bsl,bsr->slr", left, right)
+        return einsum("bsl,bsr->slr", weighted(left, weights), right)
     gradients = jax.vmap(block.gradient)(rows)
-    return einsum("bkslr,bkslr->slr", gradients, gradients)
+    return einsum("bkslr,bkslr->slr", weighted(gradients, weights), gradients)
 
 
 def _is_short(layer: Layer, rows: Rows) -> bool:
@@ -72,12 +76,12 @@ def _is_short(layer: Layer, rows: Rows) -> bool:
     return not rows.indexed or layer.shape[2] <= rows.right.shape[-1]
 
 
-def _squares_of_table(layer: Layer, rows: Rows):
+def _squares_of_table(layer: Layer, rows: Rows, weights):
     """The same for one-hot rows: (Σ_t g_t)² over the places t of a row is Σ_t g_t (Σ_t' g_t')."""
     ids = rows.right[:, 0]  # [b, S, T]
     same = (ids[..., :, None] == ids[..., None, :]).astype(rows.left.dtype)
     together = einsum("bsuv,bksvl->bksul", same, rows.left)
-    parts = einsum("bksul,bksul->sbul", rows.left, together)
+    parts = einsum("bksul,bksul->sbul", weighted(rows.left, weights), together)
     _, l, r = layer.shape
     add = lambda i, x: jnp.zeros((r, l), x.dtype).at[i].add(x, mode="drop")
     return jax.vmap(add)(jnp.moveaxis(ids, 1, 0), parts).swapaxes(1, 2)

@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -14,15 +15,19 @@ from .._taps import Layer, Rows
 from .fisher import Fisher
 from .ggn import GaussNewton
 from .kronecker import EigenBlock
-from .kronecker_rows import sum_over_examples, watched
+from .kronecker_rows import has_unit_weights, sum_over_examples, watched, weighted
 
 # The parts of a layer's rows: places that see the matrix [S, l, r] as it is, and [S, r, l] transposed.
 _TURNS = (1, -1)
 
 
-@eqx.filter_jit
 def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, model: Model):
     """Each layer, its left and its right factor: the curvature is left ⊗ right."""
+    return _factors(fisher, sharing, risk, model, has_unit_weights(risk))
+
+
+@eqx.filter_jit
+def _factors(fisher, sharing: str, risk: EmpiricalRisk, model: Model, unit: bool):
     watch = watched(risk, model)
 
     def of_block(parts, weights):
@@ -35,7 +40,7 @@ def factors(fisher: GaussNewton | Fisher, sharing: str, risk: EmpiricalRisk, mod
         ]
 
     # Compensated: eigenvectors of small eigenvalues turn with the factors' last digits.
-    sums = sum_over_examples(of_block, fisher, risk, watch, compensated=True)
+    sums = sum_over_examples(of_block, fisher, risk, watch, unit=unit, compensated=True)
     total = jnp.sum(risk.weights)
     pair = lambda turn, left, right: (_whole(left) / risk.n, _whole(right) / total)[::turn]
     return [
@@ -79,30 +84,32 @@ def _shared(rows: Rows, sharing: str) -> Rows:
 
 
 def _moments(layer: Layer, turn: int, rows: Rows, weights):
-    """Σ left leftᵀ, wᵢ contained, and Σ wᵢ of the mean over places of right rightᵀ, of a chunk of
-    examples."""
+    """Σ wᵢ Σ left leftᵀ and Σ wᵢ of the mean over places of right rightᵀ, of a chunk of examples."""
     of_left, of_right = layer.dense[::turn]
-    left = _second_moment(rows.left, of_left)
+    left = _second_moment(rows.left, weights, of_left)
     if rows.indexed:
-        counts = _counts(rows.right, weights, layer.shape[1:][::turn][1]) / rows.right.shape[-1]
+        width = layer.shape[1:][::turn][1]
+        counts = _counts(rows.right, weights, width, rows.left.dtype) / rows.right.shape[-1]
         return left, jax.vmap(jnp.diag)(counts) if of_right else counts
     terms = rows.right.shape[1] * rows.right.shape[3]
-    root = jnp.sqrt(weights / terms)[:, None, None, None, None]
-    return left, _second_moment(root * rows.right, of_right)
+    right = _second_moment(rows.right, weights, of_right)
+    return left, jtu.tree_map(lambda total: total / terms, right)
 
 
-def _second_moment(x: Float[Array, "b k S T d"], dense: bool):
-    """Σ x xᵀ over examples, cotangents and places, in strips of [S, d, d], or its diagonal [S, d]."""
+def _second_moment(x: Float[Array, "b k S T d"], weights, dense: bool):
+    """Σ wᵢ x xᵀ over examples, cotangents and places, in strips of [S, d, d], or its diagonal
+    [S, d]."""
     b, k, S, T, d = x.shape
-    rows = jnp.moveaxis(x, 2, 0).reshape(S, b * k * T, d)
-    return gram_strips(rows) if dense else einsum("snd,snd->sd", rows, rows)
+    rows = lambda x: jnp.moveaxis(x, 2, 0).reshape(S, b * k * T, d)
+    both = rows(weighted(x, weights)), rows(x)
+    return gram_strips(*both) if dense else einsum("snd,snd->sd", *both)
 
 
-def _counts(places, weights, width: int):
+def _counts(places, weights, width: int, dtype):
     """How often each one-hot row is used, [S, width]."""
     ids = jnp.moveaxis(places[:, 0], 1, 0)  # [S, b, T]
-    w = jnp.broadcast_to(weights[:, None], ids.shape[1:])
-    count = lambda i: jnp.zeros((width,), weights.dtype).at[i].add(w, mode="drop")
+    w = weighted(jnp.ones(ids.shape[1:], dtype), weights)
+    count = lambda i: jnp.zeros((width,), dtype).at[i].add(w, mode="drop")
     return jax.vmap(count)(ids)
 
 

@@ -6,8 +6,10 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float
 
+from .._checks import is_concrete
 from .._chunks import chunk_length, chunked_sum, row_struct
 from .._custom_types import Model
 from .._risk import EmpiricalRisk
@@ -46,31 +48,41 @@ def _uncovered(found: list[Uncovered]) -> str:
     )
 
 
+def has_unit_weights(risk: EmpiricalRisk) -> bool:
+    """Whether all data weights are known to be 1, so that nothing is multiplied by them."""
+    return is_concrete(risk.weights) and bool(np.all(np.asarray(risk.weights) == 1))
+
+
+def weighted(x: Float[Array, "b ..."], weights: Float[Array, " b"] | None) -> Float[Array, "b ..."]:
+    """wᵢ xᵢ; `None` are weights of 1."""
+    return x if weights is None else weights.reshape(-1, *[1] * (x.ndim - 1)) * x
+
+
 def sum_over_examples(
-    of_block: Callable[[list[Parts], Float[Array, " b"]], Total],
+    of_block: Callable[[list[Parts], Float[Array, " b"] | None], Total],
     fisher: GaussNewton | Fisher,
     risk: EmpiricalRisk,
     watch: Watched,
     alive: Callable[[Layer, Parts], int] = lambda layer, parts: 0,
     *,
+    unit: bool,
     compensated: bool = False,
 ) -> Total:
     """Σ `of_block(parts, weights)` over blocks of examples, `parts` the rows of their gradients for the
-    Fisher's cotangents times √wᵢ, layer by layer: the squares of those gradients are weighted.
+    Fisher's cotangents, layer by layer; `weights` is `None` where they are all 1, which is `unit`.
 
     `alive`: how many numbers of an example `of_block` holds for a layer, beside three times its parts.
     """
 
-    def parts(example, i, weight) -> list[Parts]:
+    def parts(example, i) -> list[Parts]:
         x, y = example
-        root = jnp.sqrt(weight)
-        return watch.parts(x, lambda output: root * fisher.cotangents(risk.loss, output, y, i))[1]
+        return watch.parts(x, lambda output: fisher.cotangents(risk.loss, output, y, i))[1]
 
     def block(args):
         data, i, weights = args
-        return of_block(jax.vmap(parts)(data, i, weights), weights)
+        return of_block(jax.vmap(parts)(data, i), None if unit else weights)
 
-    one = jax.eval_shape(parts, row_struct(risk.data), 0, row_struct(risk.weights))
+    one = jax.eval_shape(parts, row_struct(risk.data), 0)
     items = sum(x.size for x in jtu.tree_leaves(one))
     others = sum(alive(layer, own) for layer, own in zip(watch.layers, one))
     dtype = risk.weights.dtype

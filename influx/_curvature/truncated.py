@@ -1,6 +1,5 @@
 """The inverse eigenvalues of a layer at few coordinates, so that scores are sums over those."""
 
-import math
 from dataclasses import replace
 
 import jax
@@ -35,6 +34,7 @@ def truncated(block: EigenBlock, penalties: Float[Array, "S l r"], tolerance: fl
 
 
 def _sizes(size: int) -> list[int]:
-    """A half of `size`, a third, a sixth, a twelfth …: down to 1, the largest first."""
-    halvings = range(size.bit_length())
-    return [math.ceil(size / 2), *(math.ceil(size / (3 * 2**k)) for k in halvings)]
+    """A half of `size`, beyond which nothing is saved, a third, a sixth, a twelfth …: down to 1, the
+    largest first."""
+    parts = (2, *(3 * 2**k for k in range(size.bit_length())))
+    return [-(-size // part) for part in parts]

@@ -150,9 +150,10 @@ def _settled(one: Alternative, limits, m: int, n: int, q: int, scores: Cost) -> 
         live = live.plus(piece.cost.live)
     held = live.query - passing
     most = n if one.whole else MOST_POINTS
-    b = _points(held, live, limits, n, q, most)
+    room = limits.bytes - live.fixed - q * held
+    b = _points(room, live, limits, n, q, most)
     of_points = b * (live.point + q * live.pair)
-    p = _prepare_length(passing, max(of_points, limits.bytes - live.fixed - q * held), q)
+    p = _prepare_length(passing, max(of_points, room), q)
     rows = tuple(Row(r.paths, r.way, r.flops(m, n, q), r.moved(m, n, q, b)) for r in pieces)
     total = sum(row.flops + BALANCE * row.bytes for row in rows)
     total += _STEP * len(pieces) * (-(-m // q) * -(-n // b) + -(-m // p))
@@ -166,11 +167,10 @@ def _prepare_length(passing: float, room: float, q: int) -> int:
     return even_length(q, max(1, int(room // max(1.0, passing))))
 
 
-def _points(held: float, live: Parts, limits: Limits, n: int, q: int, most: int) -> int:
+def _points(room: float, live: Parts, limits: Limits, n: int, q: int, most: int) -> int:
     """How many training points fit beside q queries (at least one): `most`, or in smaller chunks."""
     if limits.chunk_size is not None:
         return even_length(n, limits.chunk_size)
-    room = limits.bytes - live.fixed - q * held
     each = max(1.0, live.point + q * live.pair)
     fit = int(room // each)
     return even_length(n, max(1, min(most if most <= fit else MOST_POINTS, fit)))
