@@ -63,7 +63,7 @@ def _squares(block: EigenBlock, rows: Rows, weights):
         return _squares_of_table(block.layer, block.rotate_rows(rows), weights)
     if rows.is_rank_one:
         rows = block.rotate_rows(rows)
-        # As a product: a sum of squares would be one of a matrix that is turned round for it.
+        # One product: `loop_body` would make a sum of squares a product with ones, after a copy.
         left = einsum("bksl,bksl->bsl", rows.left[:, :, :, 0], rows.left[:, :, :, 0])
         right = jnp.square(rows.right[:, 0, :, 0])
         return einsum("bsl,bsr->slr", weighted(left, weights), right)
