@@ -92,6 +92,8 @@ ACTIVATIONS = {
     "mlp": F.relu,
     "digits": lambda x: F.gelu(x, approximate="tanh"),
     "cancer": torch.tanh,
+    "diabetes": F.relu,
+    "mpg": F.relu,
 }
 
 
@@ -144,11 +146,26 @@ class Classification(Task):
         return (own - others.logsumexp(dim=-1)).sum()
 
 
+class Regression(Task):
+    """Half the squared error, as loss and as measurement."""
+
+    def compute_train_loss(self, batch, model, sample=False):
+        X, y = batch
+        output = model(X)
+        if sample:
+            y = torch.normal(output.detach(), 1.0)
+        return F.mse_loss(output, y, reduction="sum") / 2
+
+    def compute_measurement(self, batch, model):
+        return self.compute_train_loss(batch, model)
+
+
 class Rows(torch.utils.data.Dataset):
     """A data set that hands out a batch at once: collating row by row would be charged to the peer."""
 
     def __init__(self, X, y, order):
-        self.X, self.y = torch.tensor(X[order]), torch.tensor(y[order]).long()
+        y = torch.tensor(y[order])
+        self.X, self.y = torch.tensor(X[order]), y if y.is_floating_point() else y.long()
 
     def __len__(self):
         return len(self.y)
@@ -224,7 +241,8 @@ def main() -> None:
     far = np.max(np.abs(logits - given["logits"]))
     if far > LOGITS_TOLERANCE:
         raise SystemExit(f"The two models' logits differ by {far:.1e}: they are not one model.")
-    task = Classification(options.measurement)
+    regression = np.issubdtype(given["y"].dtype, np.floating)
+    task = Regression() if regression else Classification(options.measurement)
     damping = None if options.damping == "heuristic" else float(options.damping)
     factors = FactorArguments(
         strategy=options.strategy, use_empirical_fisher=options.fisher == "empirical"
