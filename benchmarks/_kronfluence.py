@@ -94,6 +94,8 @@ ACTIVATIONS = {
     "cancer": torch.tanh,
     "diabetes": F.relu,
     "mpg": F.relu,
+    "friedman1": F.relu,
+    "friedman2": F.relu,
 }
 
 

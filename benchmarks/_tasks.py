@@ -160,6 +160,22 @@ def miles_per_gallon():
     return _split(_standard(X[:, :7]), _standard(y)[:, None], 280, jnp.float32)  # the eighth: names
 
 
+def friedman1():
+    """Ten inputs, of which five matter, smoothly; noise of a fifth of the standard deviation."""
+    from sklearn.datasets import make_friedman1
+
+    X, y = make_friedman1(500, noise=1.0, random_state=0)
+    return _split(_standard(X), _standard(y)[:, None], 300, jnp.float32)
+
+
+def friedman2():
+    """The impedance of a circuit from four of its numbers; noise of a third of the deviation."""
+    from sklearn.datasets import make_friedman2
+
+    X, y = make_friedman2(500, noise=125.0, random_state=0)
+    return _split(_standard(X), _standard(y)[:, None], 300, jnp.float32)
+
+
 def sgd(rate: float, batch_size: int, epochs: int, momentum: float = 0.9):
     optimiser = optax.sgd(rate, momentum=momentum)
     return lambda key: ix.SGD(optimiser, batch_size=batch_size, epochs=epochs, key=key)
@@ -191,5 +207,7 @@ TASKS = {
         ),
         regression("diabetes", diabetes, 10),
         regression("mpg", miles_per_gallon, 7),
+        regression("friedman1", friedman1, 10),
+        regression("friedman2", friedman2, 4),
     )
 }

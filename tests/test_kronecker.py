@@ -251,6 +251,20 @@ def test_the_automatic_damping_finds_the_precision_that_weights_were_drawn_with(
     assert 48 / low < found < 48 / high
 
 
+@given(seed=st.integers(0, 2**31 - 1), size=st.sampled_from([0.0, 1.0, 100.0]))
+def test_weights_that_no_data_decide_say_nothing_to_the_automatic_damping(seed, size):
+    """Of squared error: half the features are 0 throughout, their weights those of the start."""
+    at, W, (X, _) = linear_problem(seed, 200, 5.0, 0.0)
+    rng = np.random.default_rng(seed)
+    X = jnp.where(np.arange(12) < 6, X, 0.0)
+    y = X @ W.T + 0.5 * rng.normal(size=(200, 4))
+    risk = ix.EmpiricalRisk((X, y), ix.SquaredError(), l2=1e-7)
+    idle = np.where(np.arange(12) < 6, W, size * rng.normal(size=(4, 12)))
+    one, other = (float(ix.EKFAC().factor(risk, at(w)).dampings[0]) for w in (W, idle))
+    assert one == pytest.approx(other, rel=1e-6)
+    assert one > 0
+
+
 @given(seed=st.integers(0, 2**31 - 1), l2=st.sampled_from([1e-4, 1e-2]))
 def test_the_automatic_damping_is_where_the_evidence_is_highest(seed, l2):
     """Of ridge regression with known noise, the weights held, against SciPy's maximum."""
@@ -290,18 +304,26 @@ def test_the_automatic_damping_is_the_least_that_the_evidence_allows(curvature, 
     dampings = np.asarray(factored.dampings)
     assert len(set(dampings)) == 1
     damping = float(dampings[0])
-    values = np.concatenate([np.ravel(b.values) for b in factored.blocks]).astype(float)
+    joined = lambda parts: np.concatenate([np.ravel(x) for x in parts]).astype(float)
+    values = joined([b.values for b in factored.blocks])
     undamped = curvature(damping=1.0).factor(
         to(ix.EmpiricalRisk(few.data, few.loss, weights=few.weights)), net
     )
-    data = np.concatenate([np.ravel(b.values) for b in undamped.blocks]).astype(float)
-    dimension, energy = np.sum(data / (values + damping)), N * np.sum((l2_of + damping) * theta**2)
+    data = joined([b.values for b in undamped.blocks])
+    decided = data / (values + damping)
+    dimension, energy = np.sum(decided), N * np.sum((l2_of + damping) * theta**2)
     total = float(jnp.sum(few.weights))
     if kind == "softmax":
         bound = dimension / (1 + dimension / total)
     else:
         residuals = np.asarray(jax.vmap(net)(few.data[0]) - few.data[1], float)
         bound = dimension * (np.asarray(few.weights) @ np.sum(residuals**2, axis=1)) / (total * C)
+        side = lambda basis, axis: np.eye(axis)[None] if basis is None else np.asarray(basis, float)
+        turned = joined(
+            np.einsum("sai,sab,sbj->sij", side(b.left, W.shape[1]), W, side(b.right, W.shape[2]))
+            for b, W in zip(factored.blocks, factored.split(jnp.asarray(theta)))
+        )
+        energy = N * np.sum(decided * (values - data + damping) * turned**2)
     assert energy >= bound * (1 - 1e-4)
     assert damping == 0 or energy == pytest.approx(bound, rel=1e-4)
     assert (damping > 0) == (l2 < 1)
@@ -340,7 +362,7 @@ def test_the_automatic_damping_of_zero_parameters_or_infinite_losses_is_refused(
     X, y = linear_problem(0, 40, 1.0, 1.0, jnp.float32)[2]
     with pytest.raises(ValueError, match="NaN or overflow"):
         ix.EKFAC().factor(ix.EmpiricalRisk((X, y + 1e30), ix.SquaredError()), float32(at(W)))
-    with pytest.raises(ValueError, match="all of them are 0"):
+    with pytest.raises(ValueError, match="all that the data decide are 0"):
         ix.EKFAC().factor(ix.EmpiricalRisk(data, ix.SquaredError()), at(0 * W))
 
 

@@ -1,5 +1,7 @@
 """The damping that `damping="auto"` stands for."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -30,15 +32,22 @@ def auto_damping(
     backpropagation networks", 1992; for networks of today Immer et al., arXiv:2104.04975). The weights
     are taken as they are: at the maximum they would be smaller and λ larger, the more so the less the
     data decide; near 0 they make λ large without bound. Layer-norm gains and what is left of initial
-    weights count as well (Antorán et al., arXiv:2206.08900).
+    weights count as well (Antorán et al., arXiv:2206.08900), but for squared error, below.
 
     EK-FAC's d adds up the points' leverages in a basis that hardly knows any one of them: an output
     direction comes out as x where a matrix of the point itself says x/(1 + x). The sum of those is at
     most d/(1 + d/N), and just that for equal leverages. That a point counts for one direction, however
     many outputs or places it has, is a choice, held to retraining in docs/how-to-choose.md.
 
-    For squared error the right side is σ²d, σ² = Σ wᵢ‖rᵢ‖²/(N K) over the K residuals of each point. The
-    noise is that over 1 − d′/(N K), d′ = d/(1 + d/(N K)) being lost to the fit: d′ times it is σ²d.
+    For squared error each eigendirection counts as far as the data decide it, γ = F/(F + l2 + λ):
+
+        n Σ γ (l2 + λ) θ² ≥ σ² Σ γ,   Σ γ = d,   σ² = Σ wᵢ‖rᵢ‖²/(N K),
+
+    θ in the eigenbasis, K residuals a point: the prior's variance is the mean square of the weights that
+    are decided. The others have kept their initial values, which say nothing of it. (A softmax's
+    curvature fades where it fits: directions that data have decided show little of it at the end of
+    training. So there all weights count.) The noise is σ² over 1 − d′/(N K), d′ = d/(1 + d/(N K)) being
+    lost to the fit: d′ times it is σ²d.
 
     Where l2 and λ leave a block singular to rounding, λ, one for all blocks, is its `rounding_floor`.
     """
@@ -47,22 +56,17 @@ def auto_damping(
             'damping="auto" looks at eigenvalues, and inside `jax.jit`, `jax.vmap` or `jax.grad` there '
             "are none yet. Give the damping as a number, or call `influence` outside."
         )
-    values, penalty = (
-        np.concatenate([np.asarray(x, np.float64).ravel() for x in parts])
-        for parts in ([b.values for b in blocks], penalties)
-    )
+    values, penalty = _joined([b.values for b in blocks]), _joined(penalties)
     data = np.maximum(values - penalty, 0)
-    variance, points = _variance(risk, model), float(np.sum(np.asarray(risk.weights, np.float64)))
-
-    params = eqx.filter(model, eqx.is_inexact_array)
-    l2 = np.asarray([float(x) for x in jtu.tree_leaves(l2_tree(risk.l2, params))])
-    squares = [np.sum(np.square(np.asarray(x, np.float64))) for x in jtu.tree_leaves(params)]
-    held, size = float(l2 @ squares), float(np.sum(squares))
-
-    def excess(damping: float) -> float:
-        dimension = np.sum(data / np.where(data > 0, values + damping, 1))
-        decided = dimension / (1 + dimension / points) if variance is None else variance * dimension
-        return risk.n * (held + damping * size) - decided
+    decided = lambda damping: data / np.where(data > 0, values + damping, 1)  # γ
+    variance = _variance(risk, model)
+    if variance is None:
+        excess, size = _excess_of_energy(risk, model, decided)
+    else:
+        squares = np.square(_joined(_in_eigenbasis(blocks, model)))
+        energy = lambda damping: risk.n * (penalty + damping) * squares
+        excess = lambda damping: decided(damping) @ (energy(damping) - variance)
+        size = np.sum(data * squares)
 
     found, undamped = 0.0, excess(0.0)
     if not np.isfinite(undamped):
@@ -73,16 +77,44 @@ def auto_damping(
     if undamped < 0:
         if not size > 0:
             raise ValueError(
-                'damping="auto" is read off the size of the parameters, and all of them are 0. Train '
-                "the model, or give the damping as a number."
+                'damping="auto" is read off the size of the parameters, and all that the data decide '
+                "are 0. Train the model, or give the damping as a number."
             )
-        high = -undamped / (risk.n * size)  # there the energy alone has made up for it
+        high = np.max(values)
+        while excess(high) < 0:
+            high *= 2
         found = root_scalar(
             excess, bracket=(0.0, high), xtol=np.finfo(float).tiny, maxiter=_STEPS
         ).root
     least = [(b, rounding_floor(b.values, penalty)) for b, penalty in zip(blocks, penalties)]
     short = [limit for b, limit in least if float(np.min(np.asarray(b.values))) + found <= limit]
     return jnp.asarray(max([found, *short]), blocks[0].values.dtype)
+
+
+def _joined(parts) -> np.ndarray:
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in parts])
+
+
+def _excess_of_energy(risk: EmpiricalRisk, model: Model, decided: Callable):
+    """λ ↦ n θᵀ(diag l2 + λI)θ − d/(1 + d/N), and θᵀθ."""
+    params = eqx.filter(model, eqx.is_inexact_array)
+    l2 = np.asarray([float(x) for x in jtu.tree_leaves(l2_tree(risk.l2, params))])
+    squares = [np.sum(np.square(np.asarray(x, np.float64))) for x in jtu.tree_leaves(params)]
+    held, size = float(l2 @ squares), float(np.sum(squares))
+    points = float(np.sum(np.asarray(risk.weights, np.float64)))
+
+    def excess(damping: float) -> float:
+        dimension = np.sum(decided(damping))
+        return risk.n * (held + damping * size) - dimension / (1 + dimension / points)
+
+    return excess, size
+
+
+@eqx.filter_jit
+def _in_eigenbasis(blocks: list[EigenBlock], model: Model) -> list[Float[Array, "S l r"]]:
+    """The parameters of each block."""
+    leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
+    return [block.rotate(block.layer.matrix(leaves)) for block in blocks]
 
 
 def _variance(risk: EmpiricalRisk, model: Model) -> float | None:
