@@ -67,7 +67,7 @@ def chunked_sum(fn, xs: PyTree, chunk: int, *, compensated: bool = False) -> PyT
     n = leading_length(xs)
     if chunk >= n:
         return fn(xs)
-    size = even_length(n, chunk)
+    size = dividing_length(n, chunk)
     full = n // size
     blocks = jtu.tree_map(lambda x: x[: full * size].reshape(full, size, *x.shape[1:]), xs)
     zeros = lambda struct: jnp.zeros(struct.shape, struct.dtype)
@@ -92,6 +92,12 @@ def _add(total: PyTree, lost: PyTree | None, more: PyTree) -> tuple[PyTree, PyTr
 def even_length(n: int, chunk: int) -> int:
     """The length of the fewest blocks of at most `chunk` that 0…n−1 falls into, all of them equal."""
     return -(-n // -(-n // max(1, min(chunk, n))))
+
+
+def dividing_length(n: int, chunk: int) -> int:
+    """The longest length of at most `chunk`, and more than half of it, that leaves no rest of n; else
+    the even length. For a rest the body of a loop over blocks is compiled again."""
+    return next((x for x in range(chunk, chunk // 2, -1) if n % x == 0), even_length(n, chunk))
 
 
 def map_blocks(fn, n: int, chunk: int) -> PyTree:
