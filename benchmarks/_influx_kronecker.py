@@ -94,7 +94,7 @@ def main() -> None:
         rows = lambda X, y, order: (jnp.asarray(X[order], float), jnp.asarray(y[order]))
         train = rows(given["X"], given["y"], order)
         queries = rows(given["Xq"], given["yq"], query_order)
-        risk, part = ix.EmpiricalRisk(train, ix.SoftmaxCrossEntropy(), l2=l2), model
+        risk, part = ix.EmpiricalRisk(train, TASKS[options.task].loss, l2=l2), model
         if options.tracked:
             risk, part = ix.restrict(risk, model, tracked)
         answers, seconds = one_round(curvature, risk, part, queries, not options.no_self)

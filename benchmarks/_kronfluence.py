@@ -89,20 +89,15 @@ class Transformer(nn.Module):
 
 
 ACTIVATIONS = {
-    "mlp": F.relu,
     "digits": lambda x: F.gelu(x, approximate="tanh"),
     "cancer": torch.tanh,
-    "diabetes": F.relu,
-    "mpg": F.relu,
-    "friedman1": F.relu,
-    "friedman2": F.relu,
 }
 
 
 def model_of(task: str, weights: list[np.ndarray]) -> nn.Module:
     """The task's model with these parameters, leaf after leaf in the order of the Equinox model."""
     makers = {"cnn": CNN, "transformer": Transformer}
-    model = makers[task]() if task in makers else MLP(weights, ACTIVATIONS[task])
+    model = makers[task]() if task in makers else MLP(weights, ACTIVATIONS.get(task, F.relu))
     slots = _slots(model)
     assert len(slots) == len(weights), (len(slots), len(weights))
     with torch.no_grad():
@@ -244,6 +239,8 @@ def main() -> None:
     if far > LOGITS_TOLERANCE:
         raise SystemExit(f"The two models' logits differ by {far:.1e}: they are not one model.")
     regression = np.issubdtype(given["y"].dtype, np.floating)
+    if regression and options.measurement != "loss":
+        raise SystemExit("A regression has no margins: `--measurement loss`.")
     task = Regression() if regression else Classification(options.measurement)
     damping = None if options.damping == "heuristic" else float(options.damping)
     factors = FactorArguments(

@@ -157,7 +157,8 @@ def miles_per_gallon():
     from mlxtend.data import autompg_data
 
     X, y = autompg_data()
-    return _split(_standard(X[:, :7]), _standard(y)[:, None], 280, jnp.float32)  # the eighth: names
+    X = X[:, :7]  # the eighth is NaN throughout
+    return _split(_standard(X), _standard(y)[:, None], 280, jnp.float32)
 
 
 def friedman1():
@@ -174,6 +175,22 @@ def friedman2():
 
     X, y = make_friedman2(500, noise=125.0, random_state=0)
     return _split(_standard(X), _standard(y)[:, None], 300, jnp.float32)
+
+
+def friedman3():
+    """The phase of that circuit; noise of a third of the deviation."""
+    from sklearn.datasets import make_friedman3
+
+    X, y = make_friedman3(500, noise=0.1, random_state=0)
+    return _split(_standard(X), _standard(y)[:, None], 300, jnp.float32)
+
+
+def alcohol():
+    """Of wines, from twelve other measurements."""
+    from sklearn.datasets import load_wine
+
+    X = _standard(load_wine().data)
+    return _split(X[:, 1:], X[:, :1], 120, jnp.float32)
 
 
 def sgd(rate: float, batch_size: int, epochs: int, momentum: float = 0.9):
@@ -209,5 +226,7 @@ TASKS = {
         regression("mpg", miles_per_gallon, 7),
         regression("friedman1", friedman1, 10),
         regression("friedman2", friedman2, 4),
+        regression("friedman3", friedman3, 4),
+        regression("alcohol", alcohol, 12),
     )
 }

@@ -141,7 +141,7 @@ def networks(console: Console) -> None:
         risk = task.risk()
         model = task.fitted(risk, 0)
         queries = jax.tree_util.tree_map(lambda x: x[:60], task.data()[1])
-        watched = lds.measured(risk, queries)
+        watched = lds.outcome(risk, queries)
         start, trainer = task.model(jr.key(0)), task.trainer(jr.key(100))
         for share in (0.02, 0.1):
             rng = np.random.default_rng(0)

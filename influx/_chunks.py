@@ -96,7 +96,8 @@ def even_length(n: int, chunk: int) -> int:
 
 def dividing_length(n: int, chunk: int) -> int:
     """The longest length of at most `chunk`, and more than half of it, that leaves no rest of n; else
-    the even length. For a rest the body of a loop over blocks is compiled again."""
+    the even length. For a rest the body of a loop over blocks is compiled again, which takes longer than
+    more and shorter blocks do."""
     return next((x for x in range(chunk, chunk // 2, -1) if n % x == 0), even_length(n, chunk))
 
 

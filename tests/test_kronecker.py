@@ -251,6 +251,21 @@ def test_the_automatic_damping_finds_the_precision_that_weights_were_drawn_with(
     assert 48 / low < found < 48 / high
 
 
+def test_the_automatic_damping_finds_the_precision_where_the_fit_takes_much_of_the_noise():
+    """200 weights drawn and 300 points, ridge regression at the true precision: a mean over draws."""
+    n, d, precision, found = 300, 200, 200.0, []
+    layer = eqx.nn.Linear(d, 1, use_bias=False, key=jr.key(0))
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        X = rng.normal(size=(n, d))
+        y = X @ rng.normal(size=(d, 1)) / np.sqrt(precision) + 0.7 * rng.normal(size=(n, 1))
+        ridge = np.linalg.solve(X.T @ X + precision * 0.7**2 * np.eye(d), X.T @ y).T
+        risk = ix.EmpiricalRisk((jnp.asarray(X), jnp.asarray(y)), ix.SquaredError())
+        model = eqx.tree_at(lambda m: m.weight, layer, jnp.asarray(ridge))
+        found.append(n * float(ix.KFAC().factor(risk, model).dampings[0]) / 0.7**2)
+    assert 0.8 < np.mean(found) / precision < 1.05
+
+
 @given(seed=st.integers(0, 2**31 - 1), size=st.sampled_from([0.0, 1.0, 100.0]))
 def test_weights_that_no_data_decide_say_nothing_to_the_automatic_damping(seed, size):
     """Of squared error: half the features are 0 throughout, their weights those of the start."""
@@ -300,7 +315,6 @@ def test_the_automatic_damping_is_the_least_that_the_evidence_allows(curvature, 
         few = ix.EmpiricalRisk((X, target), ix.SquaredError(), l2=leaves, weights=weights)
     few, net = to(few), to(model)
     factored = curvature().factor(few, net)
-    l2_of, theta = (np.asarray(v, float) for v in (few.l2_vector(net), ravel(net)[0]))
     dampings = np.asarray(factored.dampings)
     assert len(set(dampings)) == 1
     damping = float(dampings[0])
@@ -311,19 +325,20 @@ def test_the_automatic_damping_is_the_least_that_the_evidence_allows(curvature, 
     )
     data = joined([b.values for b in undamped.blocks])
     decided = data / (values + damping)
-    dimension, energy = np.sum(decided), N * np.sum((l2_of + damping) * theta**2)
-    total = float(jnp.sum(few.weights))
+    dimension, total = np.sum(decided), float(jnp.sum(few.weights))
+    side = lambda basis, size: np.eye(size)[None] if basis is None else np.asarray(basis, float)
+    turned = joined(
+        np.einsum("sai,sab,sbj->sij", side(b.left, W.shape[1]), W, side(b.right, W.shape[2]))
+        for b, W in zip(factored.blocks, factored.split(ravel(net)[0]))
+    )
+    energy = N * (values - data + damping) * turned**2
     if kind == "softmax":
-        bound = dimension / (1 + dimension / total)
+        energy, bound = np.sum(energy), dimension / (1 + dimension / total)
     else:
         residuals = np.asarray(jax.vmap(net)(few.data[0]) - few.data[1], float)
-        bound = dimension * (np.asarray(few.weights) @ np.sum(residuals**2, axis=1)) / (total * C)
-        side = lambda basis, axis: np.eye(axis)[None] if basis is None else np.asarray(basis, float)
-        turned = joined(
-            np.einsum("sai,sab,sbj->sij", side(b.left, W.shape[1]), W, side(b.right, W.shape[2]))
-            for b, W in zip(factored.blocks, factored.split(jnp.asarray(theta)))
-        )
-        energy = N * np.sum(decided * (values - data + damping) * turned**2)
+        mean = np.asarray(few.weights) @ np.sum(residuals**2, axis=1) / (total * C)
+        energy = decided @ energy
+        bound = mean * (1 + dimension / (total * C)) * np.sum(decided**2)
     assert energy >= bound * (1 - 1e-4)
     assert damping == 0 or energy == pytest.approx(bound, rel=1e-4)
     assert (damping > 0) == (l2 < 1)
@@ -360,10 +375,24 @@ def test_no_l2_is_exceeded_by_the_floor_of_the_automatic_damping(curvature, dtyp
 def test_the_automatic_damping_of_zero_parameters_or_infinite_losses_is_refused():
     at, W, data = linear_problem(0, 40, 1.0, 1.0)
     X, y = linear_problem(0, 40, 1.0, 1.0, jnp.float32)[2]
+    fit = lambda data, model: ix.EKFAC().factor(ix.EmpiricalRisk(data, ix.SquaredError()), model)
     with pytest.raises(ValueError, match="NaN or overflow"):
-        ix.EKFAC().factor(ix.EmpiricalRisk((X, y + 1e30), ix.SquaredError()), float32(at(W)))
-    with pytest.raises(ValueError, match="all that the data decide are 0"):
-        ix.EKFAC().factor(ix.EmpiricalRisk(data, ix.SquaredError()), at(0 * W))
+        fit((X, y + 1e30), float32(at(W)))
+    with pytest.raises(ValueError, match="are 0 to rounding"):
+        fit(data, at(0 * W))
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(12, 12)))[0]
+    idle = turn @ np.diag(np.arange(12) < 6) @ turn.T  # half the directions of the features
+    with pytest.raises(ValueError, match="are 0 to rounding"):
+        fit((data[0] @ idle, data[1]), at(W @ (np.eye(12) - idle)))
+
+
+def test_the_automatic_damping_may_exceed_the_largest_eigenvalue():
+    """Small weights and much noise: 48 γ-weighted squares, all at γ near F/λ."""
+    at, W, (X, _) = linear_problem(3, 40, 1e4, 0.0)
+    y = 100 * np.random.default_rng(4).normal(size=(40, 4))
+    factored = ix.EKFAC().factor(ix.EmpiricalRisk((X, y), ix.SquaredError()), at(W))
+    (block,) = factored.blocks
+    assert float(block.damping) > 10 * float(jnp.max(block.values))
 
 
 def test_a_weight_is_a_multiplicity_and_zero_is_absence():

@@ -135,12 +135,12 @@ class KFAC(AbstractKroneckerFactored):
     - `damping`: λ of H + λI, or `"auto"`: the least λ ≥ 0 at which the energy of the trained weights is
       what the data decide of them, n θᵀ(diag l2 + λI)θ ≥ d/(1 + d/N) with the effective dimension
       d = tr F(F + diag l2 + λI)⁻¹ of the data part F and N = Σ wᵢ: MacKay's condition (1992), a point
-      counting for one direction. For `SquaredError` the right side is d times the residuals' variance (a
-      fit without residuals gets no λ), and the left counts each eigendirection as far as the data decide
-      it: initial values that training has not moved say nothing. Any other loss is taken for a point's
-      negative log-likelihood, a mean over T places for that of one: with a scale of its own, give a
-      number. Never less than the rounding of eigenvalues that l2 leaves at 0. Held to retraining in
-      `docs/how-to-choose.md`.
+      counting for one direction. For `SquaredError` each eigendirection counts by the
+      share γ that the data decide of it, n Σ γ(l2 + λ)θ² ≥ σ² Σ γ² with the noise's variance σ²: weights
+      without curvature say nothing, and a fit without residuals gets no λ. Any other loss is taken for a
+      point's negative log-likelihood, a mean over T places for that of one: with a scale of its own,
+      give a number. Never less than the rounding of eigenvalues that l2 leaves at 0. Held to retraining
+      in `docs/how-to-choose.md`.
     - `tolerance`: relative root mean square error aimed at for a layer's scores, 0 for none: layers
       are then scored at the coordinates of their eigenbasis that outweigh l2 and damping, or, applied
       once an example, by few products of small matrices (P13e), whichever takes fewer products.
@@ -159,9 +159,10 @@ class KFAC(AbstractKroneckerFactored):
     multiplied entry by entry, else an error. `coverage` lists what each parameter gets.
 
     **Raises:** `ValueError` for a parameter that no rule covers, a singular block (`RuntimeError` inside
-    a trace), factors that are not finite, an unknown setting, `"auto"` where all parameters are 0, `key`
-    or `draws` where nothing is drawn, or a loss that is no negative log-likelihood with `"exact"`;
-    `RuntimeError` for one whose Hessian in the output is not positive semi-definite with `"ggn"`.
+    a trace), factors that are not finite, an unknown setting, `"auto"` where all parameters, or all that
+    the data decide, are 0, `key` or `draws` where nothing is drawn, or a loss that is no negative
+    log-likelihood with `"exact"`; `RuntimeError` for one whose Hessian in the output is not positive
+    semi-definite with `"ggn"`.
 
     **Cost:** one pass over the data with as many backward passes as cotangents: C − 1 for C classes, at
     each place that has some, as many as outputs for other losses, `draws`, or one; O(l³ + r³) a layer;
