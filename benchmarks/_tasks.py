@@ -202,12 +202,13 @@ def adam(rate: float, batch_size: int, epochs: int):
     return lambda key: ix.SGD(optax.adam(rate), batch_size=batch_size, epochs=epochs, key=key)
 
 
-def regression(name: str, data, inputs: int) -> Task:
+def regression(name: str, data, inputs: int, trainer=None, l2: float = 5e-6) -> Task:
     """With network and training of kronfluence's example on UCI data: plain steps of 0.03, decay 1e-5,
-    for the squared error without its ½."""
+    for the squared error without its ½; or trained for longer."""
     sizes = (inputs, 128, 128, 128, 1)
     network = lambda k: MLP(sizes, jax.nn.relu, key=k)
-    return Task(name, data, network, sgd(0.06, 32, 40, momentum=0.0), 5e-6, ix.SquaredError())
+    short = sgd(0.06, 32, 40, momentum=0.0)
+    return Task(name, data, network, trainer or short, l2, ix.SquaredError())
 
 
 TASKS = {
@@ -228,5 +229,7 @@ TASKS = {
         regression("friedman2", friedman2, 4),
         regression("friedman3", friedman3, 4),
         regression("alcohol", alcohol, 12),
+        regression("mpg_long", miles_per_gallon, 7, sgd(0.03, 32, 150), l2=1e-3),
+        regression("friedman2_long", friedman2, 4, sgd(0.03, 32, 60), l2=1e-4),
     )
 }

@@ -10,8 +10,8 @@ less that of the first row, with the standard error of that difference, over mas
 queries, paired.
 
 The rule of `damping="auto"` was chosen on mlp, digits and cancer, and judged on cnn and transformer,
-which were not looked at before. Its part for squared error was chosen on diabetes, mpg, friedman1 and
-friedman2, and judged on friedman3 and alcohol, which the history names before their first scores.
+which were not looked at before. Its part for squared error was chosen on the other regressions, and
+judged on friedman3 and alcohol, which the history names before their first scores.
 """
 
 import argparse
