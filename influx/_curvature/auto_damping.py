@@ -25,13 +25,14 @@ def auto_damping(
 
         n θᵀ(diag l2 + λI)θ ≥ d/(1 + d/N),   d = tr F(F + diag l2 + λI)⁻¹,
 
-    F the eigenvalues of the data part, `penalties` those of l2, N = Σ wᵢ. exp(−nJ) has a Gaussian prior
-    of precision n(l2 + λ). Where no common factor of it raises the evidence (with one l2 for all: where
-    no other λ does) its energy is the effective dimension d (MacKay, "A practical Bayesian framework for
-    backpropagation networks", 1992; for networks of today Immer et al., arXiv:2104.04975). The weights
-    are taken as they are: at the maximum they would mostly be smaller and λ larger, the more so the less
-    the data decide; near 0 they make λ large without bound. Layer-norm gains and what is left of initial
-    weights count as well (Antorán et al., arXiv:2206.08900).
+    F the eigenvalues of the data part, `penalties` those of l2 (its diagonal in the eigenbasis, where it
+    differs within a layer), N = Σ wᵢ. exp(−nJ) has a Gaussian prior of precision n(l2 + λ). Where no
+    common factor of it raises the evidence (with one l2 for all: where no other λ does) its energy is
+    the effective dimension d (MacKay, "A practical Bayesian framework for backpropagation networks",
+    1992; for networks of today Immer et al., arXiv:2104.04975). The weights are taken as they are: at
+    the maximum they would mostly be smaller and λ larger, the more so the less the data decide. Near 0
+    they make λ large, and are refused where the curvature would round to 0 beside it. Layer-norm gains
+    and what is left of initial weights count as well (Antorán et al., arXiv:2206.08900).
 
     EK-FAC's d adds up the points' leverages in a basis that hardly knows any one of them: an output
     direction comes out as x where a matrix of the point itself says x/(1 + x). The sum of those is at
